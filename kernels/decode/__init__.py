@@ -1,0 +1,101 @@
+"""Few rows (M <= 64): the fused decode linear, one launch on a GPU, one native call on a CPU."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from adaptc.kernels.decode import naive
+from adaptc.kernels.device import backend, compute_type, interpreting, permutes, scratch
+from adaptc.kernels.resident import Resident
+from adaptc.kernels.weight import BLOCK, Weight
+
+MAX_ROWS = 64
+CODES = {"plain": 0, "nf4": 1, "int4": 2}
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """Tile sizes of one launch: BN rows of w, KS = columns a split, KQ = columns a shrink program."""
+
+    bm: int
+    bn: int
+    bk: int
+    split: int
+    ks: int
+    slices: int
+    kq: int
+    bq: int
+    warps: int
+    stages: int
+
+
+def plan(m_rows: int, n: int, k: int, code: str, programs: int = 528) -> Plan:
+    """Choose tiles that give about `programs` programs: four for each of an H100's 132 multiprocessors."""
+    padded = -(-k // BLOCK) * BLOCK
+    bm = 16 if m_rows <= 16 else 32 if m_rows <= 32 else 64
+    bn, bk = 64, 128 if code != "plain" else 128
+    tiles = -(-n // bn)
+    split = max(1, min(programs // tiles, padded // 512, 16))
+    ks = -(-padded // (split * bk)) * bk
+    split = -(-padded // ks)
+    kq = max(256, -(-k // (16 * 128)) * 128)
+    return Plan(bm, bn, bk, split, ks, -(-k // kq), kq, 128, 4, 4)
+
+
+def decode(x: Tensor, weight: Weight, adapter: Resident | None, scale: float, bias: Tensor | None = None) -> Tensor:
+    """y = x w0^T + bias + scale * dW x for x (M, n), M <= 64, by the fastest implementation for x's device."""
+    choice = backend(x)
+    if choice == "triton":
+        return launch(x, weight, adapter, scale, bias)
+    if choice == "native":
+        from adaptc.kernels.native import linear as native
+
+        return native.linear(x, weight, adapter, scale, bias)
+    return naive.linear(x, weight, adapter, scale, bias)
+
+
+def launch(
+    x: Tensor, weight: Weight, adapter: Resident | None, scale: float, bias: Tensor | None, tiles: Plan | None = None
+) -> Tensor:
+    """Run the Triton kernel; `tiles` overrides the plan."""
+    from adaptc.kernels.decode.triton import decode_kernel
+
+    (rows, k), n = x.shape, weight.shape[0]
+    t = tiles or plan(rows, n, k, weight.code)
+    x = x if x.stride(1) == 1 else x.contiguous()
+    y = torch.empty(rows, n, dtype=x.dtype, device=x.device)
+    if rows == 0:
+        return y
+    tp = 0 if adapter is None else adapter.core.shape[1]
+    blocks, slices = -(-n // t.bn), 0 if adapter is None else t.slices
+    shrunk = slices * t.bm * tp
+    room = scratch(x.device, 2 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
+    scales = x if weight.scales is None else weight.scales
+    decode_kernel[(slices + blocks * t.split,)](
+        x, weight.data, scales, lookup_table(weight, x.device), x if bias is None else bias,
+        *((x, x, x) if adapter is None else (adapter.q, adapter.p, adapter.core)), scale,
+        y, room.floats, room.floats[shrunk:], room.flags, rows, x.stride(0),
+        N=n, K=k, KP=k if weight.scales is None else weight.data.shape[1] * 2,
+        S_ROW=scales.stride(0), S_COL=scales.stride(1), CODE=CODES[weight.code], BIAS=bias is not None,
+        TQ=16 if adapter is None else adapter.core.shape[0], TP=tp, PACKED=adapter is not None and adapter.packed,
+        SLICES=slices, KQ=t.kq, SPLIT=t.split, KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, BQ=t.bq,
+        DT=compute_type(x), ASM=permutes(x) and weight.code != "plain", num_warps=t.warps, num_stages=t.stages,
+    )  # fmt: skip
+    return y
+
+
+_TABLES: dict[tuple[str, torch.device], Tensor] = {}
+
+
+def lookup_table(weight: Weight, device: torch.device) -> Tensor:
+    """Return the 16 values of a code on a device; kept, so that a CUDA graph never captures the copy."""
+    key = (weight.code, device)
+    if key not in _TABLES:
+        _TABLES[key] = torch.tensor(weight.table, dtype=torch.float32, device=device)
+    return _TABLES[key]
+
+
+__all__ = ["MAX_ROWS", "Plan", "decode", "interpreting", "launch", "plan"]

@@ -1,0 +1,86 @@
+"""One launch for a linear layer with its adapter: shrink programs run beside the base product and feed its epilogue."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from adaptc.kernels.tiles import arrive, base_tile, dot, factor_tile, wait
+
+
+@triton.jit
+def decode_kernel(
+    x,        # (M, K) rows x_row apart, any float dtype
+    w,        # (N, K) float, or (N, KP / 2) uint8 codes, even column in the high nibble
+    scales,   # (N, KP / 64) float32 with strides S_ROW, S_COL; unread for plain weights
+    table,    # (16,) float32 values of the codes; unread where ASM
+    bias,     # (N,) float; unread unless BIAS
+    q,        # (TQ / 16, K) int16 words if PACKED, else (TQ, K) float
+    p,        # (TP / 16, N) int16 words if PACKED, else (TP, N) float
+    core,     # (TQ, TP) float32
+    scale,    # multiplier of the adapter
+    y,        # (M, N) contiguous, dtype of x
+    shrunk,   # (SLICES, BM, TP) float32 scratch: each slice of K sends its share of (x q^T) core
+    partial,  # (tiles, SPLIT, BN, BM) float32 scratch of the split base product
+    flags,    # (2 + tiles,) int32, zero before and after: slices arrived, tiles done, splits arrived for each tile
+    M, x_row,
+    N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S_ROW: tl.constexpr, S_COL: tl.constexpr,
+    CODE: tl.constexpr, BIAS: tl.constexpr, TQ: tl.constexpr, TP: tl.constexpr, PACKED: tl.constexpr,
+    SLICES: tl.constexpr, KQ: tl.constexpr, SPLIT: tl.constexpr, KS: tl.constexpr,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """y = x dequant(w)^T + bias + scale * ((x q^T) core) p^T for M <= BM.
+
+    Programs 0 .. SLICES-1 shrink KQ columns of x each; program SLICES + tile * SPLIT + split multiplies KS columns of
+    BN rows of w. The last split to finish a tile adds the parts in split order, so the result does not depend on who
+    was last, waits for the slices (long done), and expands. TP = 0 is the base alone.
+    """
+    pid = tl.program_id(0)
+    rows = tl.arange(0, BM)
+    if pid < SLICES:
+        h = tl.zeros((BM, TQ), dtype=tl.float32)
+        for k in range(0, KQ, BQ):
+            ks = pid * KQ + k + tl.arange(0, BQ)
+            xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
+            h = dot(xt.to(DT), factor_tile(q, ks, K, BQ, TQ, PACKED, SLICES * KQ == K, DT), h, DT)
+        c = tl.load(core + tl.arange(0, TQ)[:, None] * TP + tl.arange(0, TP)[None, :]) * scale
+        g = tl.dot(h, c, input_precision="ieee")
+        at = (pid * BM + rows[:, None]) * TP + tl.arange(0, TP)[None, :]
+        tl.store(shrunk + at, g)
+        arrive(flags)
+    else:
+        tile = (pid - SLICES) // SPLIT
+        split = (pid - SLICES) % SPLIT
+        cols = tile * BN + tl.arange(0, BN)
+        acc = base_tile(
+            x, w, scales, table, rows, cols, split * KS, M, x_row, N, K, KP, KS, S_ROW, S_COL, CODE, SPLIT * KS == KP,
+            BM, BN, BK, DT, ASM,
+        )  # fmt: skip
+        here = tl.arange(0, BN)[:, None] * BM + rows[None, :]
+        last = True
+        if SPLIT > 1:
+            tl.store(partial + (tile * SPLIT + split) * (BN * BM) + here, acc, mask=rows[None, :] < M)
+            last = arrive(flags + 2 + tile) == SPLIT - 1
+        if last:
+            if SPLIT > 1:
+                tl.debug_barrier()
+                acc = tl.zeros((BN, BM), dtype=tl.float32)
+                for s in tl.static_range(SPLIT):
+                    acc += tl.load(partial + (tile * SPLIT + s) * (BN * BM) + here, mask=rows[None, :] < M, other=0.0,
+                                   cache_modifier=".cg")  # fmt: skip
+                tl.store(flags + 2 + tile, 0)
+            if TP > 0:
+                f = factor_tile(p, cols, N, BN, TP, PACKED, N % BN == 0, DT)
+                wait(flags, SLICES)
+                at = rows[None, :] * TP + tl.arange(0, TP)[:, None]
+                g = tl.zeros((TP, BM), dtype=tl.float32)
+                for s in range(SLICES):
+                    g += tl.load(shrunk + s * (BM * TP) + at, cache_modifier=".cg")
+                acc = dot(f, g.to(DT), acc, DT)
+                if arrive(flags + 1) == (N + BN - 1) // BN - 1:
+                    tl.store(flags, 0)
+                    tl.store(flags + 1, 0)
+            if BIAS:
+                acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
+            out = y + rows[None, :].to(tl.int64) * N + cols[:, None]
+            tl.store(out, acc.to(y.dtype.element_ty), mask=(rows[None, :] < M) & (cols[:, None] < N))

@@ -1,0 +1,26 @@
+"""Shared fixtures: where the reference data lies, and small random adapters."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+torch.set_num_threads(1)
+
+
+def shared_root() -> Path | None:
+    """Return the folder with corpus, oracles and arena, None where it is absent."""
+    root = Path(os.environ.get("ADAPTC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
+    return root if (root / "corpus").is_dir() else None
+
+
+@pytest.fixture(scope="session")
+def shared() -> Path:
+    """The reference data; tests that ask for it are skipped where it is absent."""
+    root = shared_root()
+    if root is None:
+        pytest.skip("reference data is absent: set ADAPTC_SHARED or put shared/ beside the repository")
+    return root

@@ -152,12 +152,12 @@ class Pass(ABC):
             settings = self.plan(adapter, ctx)
             changes = dict(zip(settings, run(lambda k: self._change(k, adapter.deltas[k], settings[k]),
                                              list(settings), ctx, self.name), strict=True))
-        rows, deltas = [], {}
+        rows: list[Row] = []
+        deltas: dict[str, Delta] = {}
         for key, before in adapter.deltas.items():
             change, row = changes.get(key) or (None, skipped(key, before, self.name))
             rows.append(row)
-            if change is None or rank_of(change.delta) != 0:  # rank 0 says: nothing is left of this module
-                deltas[key] = before if change is None else change.delta
+            deltas[key] = before if change is None else change.delta
         outcome = Outcome(adapter.with_deltas(deltas), tuple(rows))
         after = self.finish(adapter, outcome.adapter)
         step = Step(str(self), __version__, adapter.nbytes, after.nbytes, outcome.error)
@@ -210,7 +210,10 @@ class Pipeline:
 
     def __call__(self, adapter: Adapter, ctx: Context | None = None) -> Outcome:
         """Run every step. A failure names what ran before it."""
-        now, done, rows, notes = adapter, [], {r.key: r for r in ()}, []
+        now = adapter
+        done: list[str] = []
+        rows: dict[str, Row] = {}
+        notes: list[str] = []
         for step in self.steps:
             try:
                 outcome = step(now, ctx)

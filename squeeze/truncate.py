@@ -78,12 +78,17 @@ class Truncate(Pass):
         """Return whether `delta` has factors to truncate, or is a dense matrix."""
         if isinstance(delta, NeedsBase):
             return delta.kind == "dora" and isinstance(delta.inner, LowRank)
-        return isinstance(delta, (LowRank, Kron, Hadamard)) or (isinstance(delta, (Dense, Sum)) and len(delta.shape) > 1)
+        if isinstance(delta, (Dense, Sum)):
+            return len(delta.shape) > 1
+        return isinstance(delta, (LowRank, Kron, Hadamard))
 
     def plan(self, adapter: Adapter, ctx: Context) -> Mapping[str, Setting]:
         """Return the rank of every module; spectra are only computed where the goal needs them."""
         keys = self.selected(adapter)
-        make = lambda rank, core=None: Setting(rank, core, ctx.device, ctx.base)  # noqa: E731
+
+        def make(rank: int | None, core: Core | None = None) -> Setting:
+            return Setting(rank, core, ctx.device, ctx.base)
+
         if self.energy is None and self.max_error is None and self.size is None:
             return {k: make(self._fit(self.rank, adapter.deltas[k])) for k in keys}
         cores = dict(zip(keys, run(lambda k: self._core(_factors(adapter.deltas[k], ctx.device), None), keys, ctx,
@@ -113,16 +118,14 @@ class Truncate(Pass):
 
         def size_of(ranks: Mapping[str, int]) -> int:
             deltas = {k: self._skeleton(d, ranks[k]) if k in ranks else d for k, d in adapter.deltas.items()}
-            return measure(adapter.with_deltas({k: d for k, d in deltas.items() if d is not None}, step))
+            return measure(adapter.with_deltas(deltas, step))
 
         cost = {k: _direction_bytes(adapter.deltas[k], self._dtype(adapter.deltas[k])) for k in spectra}
         floor = {k: int(isinstance(adapter.deltas[k], NeedsBase)) for k in spectra}
         return budget.allocate(spectra, cost, floor, size_of, self.size)
 
-    def _skeleton(self, delta: Delta, rank: int) -> Delta | None:
-        """Return the delta as it would be stored at `rank`, on the meta device; None for rank 0."""
-        if rank == 0:
-            return None
+    def _skeleton(self, delta: Delta, rank: int) -> Delta:
+        """Return the delta as it would be stored at `rank`, on the meta device; rank 0 leaves empty factors."""
         if isinstance(delta, NeedsBase):
             return replace(delta, inner=self._skeleton(delta.inner, rank))  # type: ignore[arg-type]
         (*batch, m), n = _rows(delta), math.prod(delta.shape) // math.prod(_rows(delta))

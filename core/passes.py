@@ -55,11 +55,16 @@ class Context:
 
 @dataclass(frozen=True, slots=True)
 class Change:
-    """What a pass made of one delta. `error` is the measured relative error, None to have it measured from factors."""
+    """What a pass made of one delta.
+
+    `error` is the measured relative error, None to have it measured from factors; `energy` is ||dW||^2 before, None to
+    have it computed.
+    """
 
     delta: Delta
     error: float | None = None
     note: str = ""
+    energy: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -167,7 +172,7 @@ class Pass(ABC):
         try:
             change = self.delta(key, before, setting)
             error = relative_error(before, change.delta) if change.error is None else change.error
-            energy = norm2(before)
+            energy = norm2(before) if change.energy is None else change.energy
         except AdaptcError as e:
             raise type(e)(f"{self.name}: {key}: {e}", hint=e.hint) from e
         after = change.delta

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from adaptc.squeeze.factored import Core
+from adaptc.squeeze.factored import Core, check_finite
 
 
 def rsvd(w: Tensor, k: int, oversample: int, power: int, seed: int) -> tuple[Tensor, Tensor, Tensor]:
@@ -25,10 +25,16 @@ def rsvd(w: Tensor, k: int, oversample: int, power: int, seed: int) -> tuple[Ten
     return q @ u, s, vh
 
 
-def core_rsvd(b: Tensor, a: Tensor, k: int, oversample: int, power: int, seed: int) -> Core:
-    """Return the randomised SVD of b @ a as a Core (LoRA-Squeeze, Alg. 2): QR of both factors, RSVD of the r x r core."""
-    q_b, r_b = torch.linalg.qr(b)
-    q_a, r_a = torch.linalg.qr(a.mT)
-    parts = [rsvd(w, k, oversample, power, seed) for w in (r_b @ r_a.mT).reshape(-1, r_b.shape[-2], r_a.shape[-2])]
+def core_rsvd(b: Tensor, a: Tensor, middle: Tensor | None, scale: float, k: int, oversample: int, power: int, seed: int
+              ) -> Core:
+    """Return the randomised SVD of scale * b @ middle @ a as a Core (LoRA-Squeeze, Alg. 2).
+
+    QR of both factors in float64, then RSVD of the small core. Raises FormatError for NaN or Inf.
+    """
+    q_b, r_b = torch.linalg.qr(b.double())
+    q_a, r_a = torch.linalg.qr(a.double().mT)
+    check_finite(r_b, r_a)
+    small = (r_b if middle is None else r_b @ middle) @ r_a.mT * scale
+    parts = [rsvd(w, k, oversample, power, seed) for w in small.reshape(-1, *small.shape[-2:])]
     u, s, vh = (torch.stack(t).reshape(*b.shape[:-2], *t[0].shape) for t in zip(*parts, strict=True))
     return Core(s, u, vh, q_b, q_a.mT)

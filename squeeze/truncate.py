@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import torch
 from torch import Tensor
@@ -14,12 +14,14 @@ from adaptc.adapter import Adapter, Step
 from adaptc.base import Base
 from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sum
 from adaptc.errors import FormatError, UsageError
+from adaptc.factor import decoded
 from adaptc.lowrank import low_rank
 from adaptc.passes import Change, Context, Pass, run
 from adaptc.squeeze import budget, dora
-from adaptc.squeeze.factored import Core, core_svd, cross_error, truncate
+from adaptc.squeeze.factored import Core, core_svd, truncate
 from adaptc.squeeze.rsvd import core_rsvd, rsvd
 
+Factors: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float]
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -142,11 +144,11 @@ class Truncate(Pass):
         side = inner.weight if isinstance(inner, Dense) else None
         return side.dtype if side is not None and side.dtype.itemsize < 8 else torch.float32
 
-    def _core(self, factors: tuple[Tensor, Tensor], rank: int | None) -> Core:
-        b, a = factors
+    def _core(self, factors: Factors, rank: int | None) -> Core:
+        b, a, middle, scale = factors
         if self.method == "exact":
-            return core_svd(b, a)
-        return core_rsvd(b, a, rank or a.shape[-2], self.oversample, self.power, self.seed)
+            return core_svd(b, a, middle, scale)
+        return core_rsvd(b, a, middle, scale, rank or a.shape[-2], self.oversample, self.power, self.seed)
 
     def delta(self, key: str, delta: Delta, setting: Setting) -> Change:
         """Return `delta` at setting.rank, with the error of what is stored (casts included)."""
@@ -154,19 +156,18 @@ class Truncate(Pass):
             return self._dora(key, delta, setting)
         if isinstance(delta, LowRank) and (setting.rank is None or setting.rank >= delta.rank) and delta.core is None:
             kept = self._cast(delta)
-            return Change(kept, 0.0 if kept is delta else None, "" if kept is delta else "cast")
+            return Change(kept, 0.0) if kept is delta else Change(kept, note="cast")
         if setting.rank is None:
             return Change(delta, 0.0, "only low-rank factors are cast")
-        b, a = _factors(delta, setting.device, setting.rank, self)
-        core = setting.core or self._core((b, a), setting.rank)
+        b, a, middle, scale = factors = _factors(delta, setting.device, setting.rank, self)
+        core = setting.core or self._core(factors, setting.rank)
         k = min(setting.rank, core.s.shape[-1])
-        left, right = truncate(b, a, k, core)
-        dtype = self._dtype(delta)
-        made = LowRank(_store(right, dtype), _store(left, dtype), None, 1.0, delta.shape)
-        if not isinstance(delta, LowRank) and made.nbytes >= delta.nbytes:
-            return Change(delta, 0.0, f"kept as it is: rank {k} would take {made.nbytes} bytes")
-        stored_b, stored_a = made.b.to(b.device).double(), made.a.to(b.device).double()  # type: ignore[union-attr]
-        return Change(made, cross_error(b, a, stored_b, stored_a, float(core.s.square().sum())))
+        made = truncate(b, a, k, middle=middle, scale=scale, dtype=self._dtype(delta), core=core)
+        after = LowRank(_storable(made.a), _storable(made.b), None, 1.0, delta.shape)
+        energy = float(core.s.square().sum())
+        if not isinstance(delta, LowRank) and after.nbytes >= delta.nbytes:
+            return Change(delta, 0.0, f"kept as it is: rank {k} would take {after.nbytes} bytes", energy)
+        return Change(after, made.error, energy=energy)
 
     def _dora(self, key: str, delta: NeedsBase, setting: Setting) -> Change:
         assert isinstance(delta.inner, LowRank)
@@ -180,10 +181,10 @@ class Truncate(Pass):
 
     def _cast(self, delta: LowRank) -> LowRank:
         dtype = self._dtype(delta)
-        if self.dtype is None or delta.b.dtype == dtype == delta.a.dtype:
+        a, b = decoded(delta.a), decoded(delta.b)
+        if self.dtype is None or a.dtype == dtype == b.dtype:
             return delta
-        b, a = delta.factors()
-        return LowRank(_store(a, dtype), _store(b / (delta.scale or 1.0), dtype), None, delta.scale, delta.shape)
+        return LowRank(_storable(a.to(dtype)), _storable(b.to(dtype)), None, delta.scale, delta.shape)
 
 
 def _version() -> str:
@@ -204,20 +205,20 @@ def _direction_bytes(delta: Delta, dtype: torch.dtype) -> int:
     return math.prod(batch) * (m + math.prod(inner.shape) // (math.prod(batch) * m)) * dtype.itemsize
 
 
-def _factors(delta: Delta, device: str, rank: int | None = None, how: Truncate | None = None) -> tuple[Tensor, Tensor]:
-    """Return float64 (b, a) of any handled delta; a dense one is factored by SVD (randomised if `how` says so)."""
+def _factors(delta: Delta, device: str, rank: int | None = None, how: Truncate | None = None) -> Factors:
+    """Return (b, a, middle, scale) of any handled delta; a dense one is factored by SVD (randomised if `how` says so)."""
     inner = delta.inner if isinstance(delta, NeedsBase) else delta
     assert inner is not None
     factors = low_rank(inner)
     if factors is not None:
-        b, a = factors.factors()
-        return b.to(device), a.to(device)
+        middle = decoded(factors.core).to(device).double() if factors.core is not None else None
+        return decoded(factors.b).to(device), decoded(factors.a).to(device), middle, factors.scale
     w = inner.dense().flatten(1).to(device)
     if how is not None and how.method == "rsvd" and rank is not None:
         u, s, vh = rsvd(w, rank, how.oversample, how.power, how.seed)
     else:
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
-    return u * s, vh
+    return u * s, vh, None, 1.0
 
 
 def _combined(s: Tensor) -> Tensor:
@@ -225,12 +226,9 @@ def _combined(s: Tensor) -> Tensor:
     return s if s.dim() == 1 else s.flatten(0, -2).square().sum(0).sqrt()
 
 
-def _store(t: Tensor, dtype: torch.dtype) -> Tensor:
-    """Return t cast once to its storage dtype on the CPU. Raises FormatError when a value leaves the dtype's range."""
-    stored = t.to(dtype).cpu().contiguous()
+def _storable(t: Tensor) -> Tensor:
+    """Return t on the CPU. Raises FormatError when the cast left the range of its dtype."""
+    stored = t.cpu().contiguous()
     if not bool(torch.isfinite(stored).all()):
-        raise FormatError(f"largest factor entry {float(t.abs().max()):.3g} does not fit {str(dtype)[6:]}",
-                          hint="--dtype bf16 or fp32")
+        raise FormatError(f"factor entries do not fit {str(t.dtype)[6:]}", hint="--dtype bf16 or fp32")
     return stored
-
-

@@ -1,0 +1,49 @@
+# make demo and make test set everything up themselves in .venv; ADAPTC_PYTHON picks another interpreter.
+ADAPTC_PYTHON ?= python3
+VENV := .venv
+PY := $(VENV)/bin/python
+PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: demo test check corpus bench dev clean help
+.DEFAULT_GOAL := help
+
+help:  ## say what there is
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "  make %-8s %s\n", $$1, $$2}' Makefile
+
+$(VENV)/run: pyproject.toml constraints.txt
+	$(ADAPTC_PYTHON) -m venv $(VENV)
+	$(PIP) -e .
+	@touch $@
+
+$(VENV)/test: $(VENV)/run
+	$(PIP) -e '.[test]'
+	@touch $@
+
+$(VENV)/dev: $(VENV)/test
+	$(PIP) -e '.[dev]'
+	@touch $@
+
+demo: $(VENV)/run  ## compress the bundled adapter and show the result
+	@$(PY) examples/demo.py
+
+test: $(VENV)/test  ## run the tests (no GPU, no downloads)
+	$(PY) -m pytest -n 2
+
+# mypy resolves the folders as adaptc.* only when their files are linked into place, so this installs them that way.
+check: $(VENV)/dev  ## lint, types, and the slow checks
+	$(VENV)/bin/ruff check .
+	$(PIP) -e . --no-deps --config-settings editable_mode=strict
+	$(VENV)/bin/mypy -p adaptc; rc=$$?; $(PIP) -e . --no-deps; exit $$rc
+
+corpus: $(VENV)/test  ## read every reference adapter, rebuild every oracle (needs ADAPTC_SHARED or ../shared)
+	$(PY) -m pytest -n 2 -m shared -rs
+
+bench: $(VENV)/test  ## compare speed and memory against the usual tools, in one run
+	$(PY) benchmarks/compress.py
+
+dev: $(VENV)/dev  ## set up for working on adaptc: linter, types, hooks
+	$(VENV)/bin/pre-commit install
+
+clean:  ## remove everything that make made
+	rm -rf $(VENV) build *.egg-info

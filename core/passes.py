@@ -10,16 +10,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from enum import Enum
 from fnmatch import fnmatch
-from math import fsum, sqrt
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 
 from adaptc import __version__
 from adaptc.adapter import Adapter, Step
-from adaptc.delta import Delta, LowRank, NeedsBase, kind
-from adaptc.errors import AdaptcError, NeedsError, UsageError
-from adaptc.measure import norm2, relative_error
+from adaptc.delta import Delta, LowRank, kind
+from adaptc.errors import AdaptcError, FormatError, LossError, NeedsError, UsageError
+from adaptc.measure import relative_error
+from adaptc.report import Row, compare, energy_of, rank_of, total_error, untouched
 from adaptc.spec import print_spec
 
 if TYPE_CHECKING:
@@ -48,6 +48,15 @@ class Context:
     progress: Callable[[str, int, int], None] | None = None
     size_of: Callable[[Adapter], int] | None = None
 
+    def __post_init__(self) -> None:
+        if self.jobs < 0:
+            raise UsageError(f"jobs is {self.jobs}, must be 0 (all cores) or more")
+        if self.device != "cpu":
+            try:
+                torch.empty(0, device=self.device)
+            except (RuntimeError, AssertionError, NotImplementedError) as e:  # torch has no one type for "not here"
+                raise UsageError(f"device {self.device} is not available here") from e
+
     def has(self, need: Need) -> bool:
         """Return whether `need` is met."""
         return (self.base if need is Need.BASE else self.calibration) is not None
@@ -67,21 +76,6 @@ class Change:
     energy: float | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class Row:
-    """One module in a report: rank and bytes before and after, measured relative error, ||dW||^2 before."""
-
-    key: str
-    kind: str
-    rank_before: int | None
-    rank_after: int | None
-    nbytes_before: int
-    nbytes_after: int
-    error: float
-    energy: float
-    note: str = ""
-
-
 @dataclass(frozen=True)
 class Outcome:
     """The adapter a pass made, a row a module, and facts worth saying."""
@@ -94,19 +88,6 @@ class Outcome:
     def error(self) -> float:
         """Total relative error sqrt(sum ||dW - dW'||^2 / sum ||dW||^2) over all modules."""
         return total_error(self.rows)
-
-
-def total_error(rows: Sequence[Row]) -> float:
-    """Return sqrt(sum (error^2 * energy) / sum energy), 0 for no energy."""
-    energy = fsum(r.energy for r in rows)
-    lost = fsum(r.error**2 * r.energy for r in rows if r.energy)
-    return sqrt(lost / energy) if energy else 0.0
-
-
-def rank_of(delta: Delta) -> int | None:
-    """Return the stored rank of a delta, looking inside base-dependent ones; None where there is no rank."""
-    inner = delta.inner if isinstance(delta, NeedsBase) else delta
-    return inner.rank if isinstance(inner, LowRank) else None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -139,13 +120,25 @@ class Pass(ABC):
         return after
 
     def selected(self, adapter: Adapter) -> list[str]:
-        """Return the keys this pass handles, after include and exclude patterns (fnmatch on the parameter name)."""
-        def wanted(key: str) -> bool:
-            if any(_matches(key, p) for p in self.exclude):
-                return False
-            return not self.include or any(_matches(key, p) for p in self.include)
+        """Return the keys this pass handles, after include and exclude patterns.
 
-        return [k for k, d in adapter.deltas.items() if wanted(k) and self.handles(d)]
+        A pattern (fnmatch) fits a whole parameter name or any dotted part of it: "q_proj", "layers.0", "*.mlp.*".
+        Raises UsageError for a pattern that fits nothing, which is a typing error more often than a wish.
+        """
+        for option in ("include", "exclude"):
+            for p in getattr(self, option):
+                if not any(_matches(k, p) for k in adapter.deltas):
+                    raise UsageError(f"{option} pattern {p!r} fits none of {len(adapter.deltas)} parameters",
+                                     hint=f"they are called {', '.join(list(adapter.deltas)[:2])}, ...")
+        return [k for k, d in adapter.deltas.items() if not self.skips(k, d)]
+
+    def skips(self, key: str, delta: Delta) -> str:
+        """Return why this pass leaves a delta alone, "" when it does not."""
+        if any(_matches(key, p) for p in self.exclude):
+            return "excluded"
+        if self.include and not any(_matches(key, p) for p in self.include):
+            return "not included"
+        return "" if self.handles(delta) else f"{self.name} does not handle {kind(delta)}"
 
     def __call__(self, adapter: Adapter, ctx: Context | None = None) -> Outcome:
         """Run on a whole adapter. Raises AdaptcError naming the pass and the parameter that failed."""
@@ -153,31 +146,27 @@ class Pass(ABC):
         for need in sorted(self.needs, key=lambda n: n.value):
             if not ctx.has(need):
                 raise NeedsError(f"{self.name} needs {need.value}", hint=f"pass --{need.value}")
-        with one_blas_thread():
-            settings = self.plan(adapter, ctx)
-            changes = dict(zip(settings, run(lambda k: self._change(k, adapter.deltas[k], settings[k]),
-                                             list(settings), ctx, self.name), strict=True))
-        rows: list[Row] = []
-        deltas: dict[str, Delta] = {}
-        for key, before in adapter.deltas.items():
-            change, row = changes.get(key) or (None, skipped(key, before, self.name))
-            rows.append(row)
-            deltas[key] = before if change is None else change.delta
-        outcome = Outcome(adapter.with_deltas(deltas), tuple(rows))
-        after = self.finish(adapter, outcome.adapter)
-        step = Step(str(self), __version__, adapter.nbytes, after.nbytes, outcome.error)
-        return Outcome(after.with_deltas(after.deltas, step), outcome.rows)
-
-    def _change(self, key: str, before: Delta, setting: Any) -> tuple[Change, Row]:
         try:
-            change = self.delta(key, before, setting)
-            error = relative_error(before, change.delta) if change.error is None else change.error
-            energy = norm2(before) if change.energy is None else change.energy
+            with one_blas_thread():
+                settings = self.plan(adapter, ctx)
+                made = run(lambda k: self._module(k, adapter.deltas[k], settings), list(adapter.deltas), ctx, self.name)
         except AdaptcError as e:
-            raise type(e)(f"{self.name}: {key}: {e}", hint=e.hint) from e
+            raise located(e, f"{self.name}: {e}") from e
+        rows = tuple(row for _, row in made)
+        deltas = {row.key: delta for delta, row in made}
+        after = self.finish(adapter, adapter.with_deltas(deltas))
+        step = Step(str(self), __version__, adapter.nbytes, after.nbytes, total_error(rows))
+        return Outcome(after.with_deltas(after.deltas, step), rows)
+
+    def _module(self, key: str, before: Delta, settings: Mapping[str, Any]) -> tuple[Delta, Row]:
+        if key not in settings:
+            return before, untouched(key, before, self.skips(key, before) or f"{self.name} does not need to change it")
+        change = self.delta(key, before, settings[key])
         after = change.delta
-        return change, Row(key, kind(before), rank_of(before), rank_of(after), before.nbytes, after.nbytes, error, energy,
-                           change.note)
+        error = relative_error(before, after) if change.error is None else change.error
+        energy = energy_of(before) if change.energy is None else change.energy
+        return after, Row(key, kind(before), rank_of(before), rank_of(after), before.nbytes, after.nbytes, error,
+                          energy, change.note)
 
     def __str__(self) -> str:
         values = {f.name: getattr(self, f.name) for f in fields(self)}
@@ -190,10 +179,11 @@ def _matches(key: str, pattern: str) -> bool:
     return fnmatch(key, pattern) or fnmatch(key, f"*.{pattern}") or fnmatch(key, f"*.{pattern}.*")
 
 
-def skipped(key: str, delta: Delta, why: str) -> Row:
-    """Return the row of a delta that was left alone."""
-    return Row(key, kind(delta), rank_of(delta), rank_of(delta), delta.nbytes, delta.nbytes, 0.0, norm2(delta),
-               f"left alone by {why}")
+def located(error: AdaptcError, message: str) -> AdaptcError:
+    """Return an error of the same type that says `message`, with the hint (and losses) of `error`."""
+    if isinstance(error, LossError):
+        return LossError(message, error.losses, hint=error.hint)
+    return type(error)(message, hint=error.hint)
 
 
 class Join(ABC):
@@ -224,26 +214,20 @@ class Pipeline:
                 outcome = step(now, ctx)
             except AdaptcError as e:
                 ran = f" (after {', '.join(done)})" if done else ""
-                raise type(e)(f"{e}{ran}", hint=e.hint) from e
+                raise located(e, f"{e}{ran}") from e
             now = outcome.adapter
             done.append(str(step))
             notes += outcome.notes
             rows |= {r.key: r for r in outcome.rows}
         if len(self.steps) > 1:
-            rows = {k: compare(k, adapter.deltas[k], now.deltas.get(k)) for k in adapter.deltas}
+            keys, context = list(adapter.deltas), ctx or Context()
+            with one_blas_thread():
+                compared = run(lambda k: compare(k, adapter.deltas[k], now.deltas.get(k)), keys, context, "error")
+            rows = dict(zip(keys, compared, strict=True))
         return Outcome(now, tuple(rows.values()), tuple(notes))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.steps))
-
-
-def compare(key: str, before: Delta, after: Delta | None) -> Row:
-    """Return the row that compares a delta with what became of it (None: removed), error measured from factors."""
-    energy = norm2(before)
-    if after is None:
-        return Row(key, kind(before), rank_of(before), 0, before.nbytes, 0, 1.0 if energy else 0.0, energy, "removed")
-    return Row(key, kind(before), rank_of(before), rank_of(after), before.nbytes, after.nbytes,
-               relative_error(before, after), energy)
 
 
 @contextmanager
@@ -258,13 +242,22 @@ def one_blas_thread() -> Iterator[None]:
 
 
 def run(work: Callable[[str], Any], keys: Sequence[str], ctx: Context, label: str) -> list[Any]:
-    """Return [work(k) for k in keys] over `ctx.jobs` threads (0: all cores), in order, reporting progress."""
+    """Return [work(k) for k in keys] over `ctx.jobs` threads (0: all cores), in order, reporting progress.
+
+    The first failure stops the rest. Raises AdaptcError naming the key.
+    """
+    def one(key: str) -> Any:
+        try:
+            return work(key)
+        except AdaptcError as e:
+            raise located(e, str(e) if str(e).startswith(key) else f"{key}: {e}") from e
+        except torch.linalg.LinAlgError as e:  # type: ignore[attr-defined]
+            raise FormatError(f"{key}: a decomposition does not converge, values are not finite") from e
+
     jobs = ctx.jobs or os.cpu_count() or 1
-    if jobs < 0:
-        raise UsageError(f"jobs is {jobs}, must be 0 (all cores) or more")
     out: list[Any] = []
     with ThreadPoolExecutor(min(jobs, max(len(keys), 1))) as pool:
-        for result in pool.map(lambda k: work(k), keys):
+        for result in pool.map(one, keys):
             out.append(result)
             if ctx.progress:
                 ctx.progress(label, len(out), len(keys))

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import difflib
-from importlib.metadata import entry_points
+from collections.abc import Sequence
+from functools import cached_property
+from importlib.metadata import EntryPoint, entry_points
 from typing import Any, Generic, TypeVar
 
 from adaptc.errors import UsageError
@@ -18,20 +20,35 @@ class Registry(Generic[T]):
         self.group, self.noun = group, noun
         self._loaded: dict[str, T] = {}
 
+    @cached_property
+    def _declared(self) -> dict[str, list[EntryPoint]]:
+        """Entry points by id; read once, because finding them looks into every installed distribution."""
+        found: dict[str, list[EntryPoint]] = {}
+        for entry in entry_points(group=self.group):
+            found.setdefault(entry.name, []).append(entry)
+        return found
+
     def ids(self) -> list[str]:
         """Return the known ids, sorted."""
-        return sorted({e.name for e in entry_points(group=self.group)} | set(self._loaded))
+        return sorted({*self._declared, *self._loaded})
 
     def get(self, id: str) -> T:
-        """Return what is registered under `id`; an unknown id names the nearest three."""
+        """Return what is registered under `id`.
+
+        Raises UsageError for an unknown id (naming the nearest three), for one that two packages claim, and for a
+        plugin that cannot be imported.
+        """
         if id not in self._loaded:
-            found = [e for e in entry_points(group=self.group) if e.name == id]
+            found = self._declared.get(id)
             if not found:
-                near = difflib.get_close_matches(id, self.ids(), 3, 0.0)
-                raise UsageError(f"{self.noun} {id} is not known", hint=f"nearest: {', '.join(near)}")
-            if len({e.value for e in found}) > 1:
-                raise UsageError(f"{self.noun} {id} is claimed by {' and '.join(e.value for e in found)}")
-            self._loaded[id] = found[0].load()
+                raise UsageError(f"{self.noun} {id} is not known", hint=nearest(id, self.ids()))
+            owners = sorted({e.value for e in found})
+            if len(owners) > 1:
+                raise UsageError(f"{self.noun} {id} is claimed by {' and '.join(owners)}")
+            try:
+                self._loaded[id] = found[0].load()
+            except (ImportError, AttributeError) as e:
+                raise UsageError(f"{self.noun} {id} cannot be loaded from {owners[0]}: {e}") from e
         return self._loaded[id]
 
     def add(self, id: str, item: T) -> None:
@@ -43,6 +60,12 @@ class Registry(Generic[T]):
     def items(self) -> list[tuple[str, T]]:
         """Return every (id, class), importing all of them."""
         return [(i, self.get(i)) for i in self.ids()]
+
+
+def nearest(word: str, known: Sequence[str]) -> str | None:
+    """Return a hint with the three known words most like `word`, best first; None where nothing is known."""
+    close = difflib.get_close_matches(word, known, 3, 0.0)
+    return f"nearest: {', '.join(close)}" if close else None
 
 
 PASSES: Registry[Any] = Registry("adaptc.passes", "pass")

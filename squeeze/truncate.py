@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, TypeAlias
 
 import torch
@@ -50,7 +50,7 @@ class Truncate(Pass):
     rank: int | None = None
     energy: float | None = None
     max_error: float | None = None
-    size: int | None = None
+    size: int | None = field(default=None, metadata={"unit": "bytes"})
     method: str = "exact"
     oversample: int = 10
     power: int = 2

@@ -1,0 +1,5 @@
+"""python -m adaptc."""
+
+from adaptc.cli.main import main
+
+raise SystemExit(main())

@@ -24,10 +24,11 @@ def load(path: str | Path, *, alpha: float | None = None, dialect: str | None = 
 
 
 def save(adapter: Adapter, path: str | Path, *, dialect: str | None = None, force: bool = False,
-         allow_loss: bool = False) -> Path:
+         allow_loss: bool = False, inputs: tuple[str | Path, ...] = ()) -> Path:
     """Write `adapter` to `path` in its own dialect (or `dialect`), whole or not at all; return the path.
 
-    Raises LossError listing what the dialect cannot say unless `allow_loss`, UsageError if `path` exists unless `force`.
+    Raises LossError listing what the dialect cannot say unless `allow_loss`, UsageError if `path` exists unless
+    `force`, or if it is one of `inputs`, which are never overwritten.
     """
     from adaptc.errors import LossError
     from adaptc.formats.atomic import staged
@@ -37,10 +38,14 @@ def save(adapter: Adapter, path: str | Path, *, dialect: str | None = None, forc
     if losses and not allow_loss:
         raise LossError(f"{fmt.title} cannot say everything this adapter holds: {'; '.join(losses)}", losses,
                         hint="--allow-loss writes the rest")
-    folder = fmt.writes == "folder" and out.suffix not in (".safetensors", ".bin", ".npz")
-    with staged(out, force=force, folder=folder) as temp:
+    with staged(out, force=force, folder=is_folder(fmt, out), inputs=tuple(map(Path, inputs))) as temp:
         fmt.write(adapter, temp)
     return out
+
+
+def is_folder(fmt: Format, out: Path) -> bool:
+    """Return whether `fmt` writes `out` as a folder: it can, and the name has no suffix of a tensor file."""
+    return fmt.writes == "folder" and out.suffix not in (".safetensors", ".bin", ".npz")
 
 
 def size_of(adapter: Adapter) -> int:

@@ -20,13 +20,7 @@ def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tupl
     An existing `out` is replaced only with `force`, and never when it is one of `inputs` or contains one. A kill at any
     moment leaves the old state or the whole new one; a folder is exchanged in one system call where the kernel can.
     """
-    for source in inputs:
-        if out.exists() and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
-            raise UsageError(f"{out} is the input and is never overwritten", hint="give another output with -o")
-    if out.exists() and not force:
-        raise UsageError(f"{out} exists", hint="--force overwrites it, or give another output with -o")
-    if out.exists() and out.is_dir() != folder:
-        raise UsageError(f"{out} is a {'folder' if out.is_dir() else 'file'}, the output would be the other kind")
+    check(out, force=force, folder=folder, inputs=inputs)
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
         temp = Path(tempfile.mkdtemp(prefix=f".{out.name}.", dir=out.parent))
@@ -48,6 +42,17 @@ def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tupl
         raise AdaptcError(f"{out}: {e.strerror or e}") from e
     finally:
         shutil.rmtree(temp, ignore_errors=True)
+
+
+def check(out: Path, *, force: bool = False, folder: bool = False, inputs: tuple[Path, ...] = ()) -> None:
+    """Raise UsageError where `staged` would: call it before long work, so that the work is not lost."""
+    for source in inputs:
+        if out.exists() and (out.resolve() == source.resolve() or out.resolve() in source.resolve().parents):
+            raise UsageError(f"{out} is the input and is never overwritten", hint="give another output with -o")
+    if out.exists() and not force:
+        raise UsageError(f"{out} exists", hint="--force overwrites it, or give another output with -o")
+    if out.exists() and out.is_dir() != folder:
+        raise UsageError(f"{out} is a {'folder' if out.is_dir() else 'file'}, the output would be the other kind")
 
 
 def _flush(path: Path) -> None:

@@ -12,7 +12,7 @@ from typing import ClassVar
 from torch import Tensor
 
 from adaptc.adapter import Adapter, Step
-from adaptc.errors import UnsupportedError
+from adaptc.errors import UnsupportedError, UsageError
 from adaptc.formats.source import Source
 from adaptc.tensorfile import header_of, write_tensors
 
@@ -70,18 +70,28 @@ class Format(ABC):
         """Return the files that would be written."""
         raise UnsupportedError(f"{self.title} is read only here", hint="convert to peft, kohya, diffusers or mlx")
 
+    def bare(self, adapter: Adapter) -> Content:
+        """Return what is written when the output is one file. Raises UsageError for a dialect that needs its folder."""
+        contents = self.contents(adapter)
+        if set(contents) != {""}:
+            raise UsageError(f"{self.title} is a folder of {' and '.join(contents)}",
+                             hint="give an output without a suffix, which makes a folder")
+        return contents[""]
+
     def write(self, adapter: Adapter, out: Path) -> None:
-        """Write to `out`, a fresh path: a file, or an existing empty folder when `writes` is "folder"."""
-        for name, content in self.contents(adapter).items():
+        """Write to `out`: into an existing empty folder, or as one file where there is nothing yet."""
+        contents = self.contents(adapter) if out.is_dir() else {"": self.bare(adapter)}
+        for name, content in contents.items():
             with (out / name if name else out).open("wb") as f:
                 if isinstance(content, bytes):
                     f.write(content)
                 else:
                     write_tensors(f, content.tensors, content.metadata)
 
-    def size(self, adapter: Adapter) -> int:
-        """Return the exact bytes `write` would produce over all files."""
-        return sum(len(c) if isinstance(c, bytes) else c.nbytes for c in self.contents(adapter).values())
+    def size(self, adapter: Adapter, *, folder: bool = True) -> int:
+        """Return the exact bytes `write` would produce over all files, or in the one file of a bare output."""
+        contents = self.contents(adapter).values() if folder else (self.bare(adapter),)
+        return sum(len(c) if isinstance(c, bytes) else c.nbytes for c in contents)
 
 
 def history_metadata(adapter: Adapter) -> dict[str, str]:

@@ -89,8 +89,17 @@ class Peft(Format):
         """Return adapter_config.json and adapter_model.safetensors."""
         tensors, config = self._tensors(adapter)
         text = json.dumps(config, indent=2, sort_keys=True, default=list) + "\n"
-        metadata = {"format": "pt", **adapter.origin.metadata, **history_metadata(adapter)}
-        return {"adapter_config.json": text.encode(), "adapter_model.safetensors": TensorsFile(tensors, metadata)}
+        return {"adapter_config.json": text.encode(), "adapter_model.safetensors": self._file(adapter, tensors)}
+
+    def bare(self, adapter: Adapter) -> Content:
+        """Return the tensor file alone, its config in the metadata."""
+        tensors, config = self._tensors(adapter)
+        return self._file(adapter, tensors, {BARE: json.dumps(config, separators=(",", ":"), default=list)})
+
+    def _file(self, adapter: Adapter, tensors: Mapping[str, Tensor], more: Mapping[str, str] | None = None
+              ) -> TensorsFile:
+        return TensorsFile(tensors, {"format": "pt", **adapter.origin.metadata, **history_metadata(adapter),
+                                     **(more or {})})
 
     def _tensors(self, adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         tensors: dict[str, Tensor] = {}

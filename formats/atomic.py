@@ -17,8 +17,9 @@ from adaptc.errors import AdaptcError, UsageError
 def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
     """Yield a temporary path in the folder of `out`; on success flush it and rename it to `out`, else remove it.
 
-    An existing `out` is replaced only with `force`, and never when it is one of `inputs` or contains one. A kill at any
-    moment leaves the old state or the whole new one; a folder is exchanged in one system call where the kernel can.
+    An existing `out` is replaced only with `force`, and never when it is one of `inputs` or contains one, or when it is
+    a folder that holds files the output has not. A kill at any moment leaves the old state or the whole new one; a
+    folder is exchanged in one system call where the kernel can.
     """
     check(out, force=force, folder=folder, inputs=inputs)
     try:
@@ -34,6 +35,11 @@ def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tupl
         for path in [inside, *inside.rglob("*")] if folder else [inside]:
             _flush(path)
         if folder and out.exists():
+            lost = sorted(p.name for p in out.iterdir() if not (inside / p.name).exists())
+            if lost:
+                more = f" and {len(lost) - 1} more" if len(lost) > 1 else ""
+                raise UsageError(f"{out} holds {lost[0]}{more}, which overwriting it would delete",
+                                 hint="give another output with -o, or remove what is in the way")
             _exchange(inside, out)
         else:
             os.replace(inside, out)

@@ -117,7 +117,7 @@ class Kron:
     def apply(self, x: Tensor) -> Tensor:
         """Return x @ dW^T for x (..., in): kron(L, R) x is R X L^T on the (g, in/g) view of x."""
         left, right = self.left.dense().to(x.dtype), self.right.dense().flatten(1).to(x.dtype)
-        y = left @ x.unflatten(-1, (left.shape[1], right.shape[1])) @ right.mT
+        y: Tensor = left @ x.reshape(*x.shape[:-1], left.shape[1], right.shape[1]) @ right.mT
         return y.flatten(-2) * self.scale
 
     def __repr__(self) -> str:

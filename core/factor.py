@@ -27,7 +27,8 @@ class Encoded:
         """Return the tensor the streams stand for, shape `shape`, dtype `dtype`."""
         from adaptc.registry import CODECS
 
-        return CODECS.get(self.codec)(**self.config).decode(self.streams, tuple(self.shape), self.dtype)
+        made: Tensor = CODECS.get(self.codec)(**self.config).decode(self.streams, tuple(self.shape), self.dtype)
+        return made
 
     @property
     def nbytes(self) -> int:

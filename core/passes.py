@@ -176,7 +176,7 @@ class Pass(ABC):
 
 def _matches(key: str, pattern: str) -> bool:
     """Return whether an fnmatch pattern fits the whole parameter name or any dotted part of it."""
-    return fnmatch(key, pattern) or fnmatch(key, f"*.{pattern}") or fnmatch(key, f"*.{pattern}.*")
+    return any(fnmatch(key, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 
 
 def located(error: AdaptcError, message: str) -> AdaptcError:

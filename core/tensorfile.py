@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
 import struct
+import unicodedata
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -14,6 +16,8 @@ from torch import Tensor
 from adaptc.errors import FormatError
 
 MAX_HEADER = 100_000_000
+MAX_DIMS = 32
+MAX_NAME = 4096
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16, "I64": torch.int64,
     "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8, "BOOL": torch.bool,
@@ -26,8 +30,8 @@ NAMES = {v: k for k, v in DTYPES.items()}
 class TensorFile(Mapping[str, Tensor]):
     """A safetensors file as a read-only mapping; tensors are views of the mapped file, nothing is copied.
 
-    The header is checked whole first: length, JSON without duplicate keys, dtypes, shapes against byte ranges, ranges
-    without holes or overlaps, and the file's size. Raises FormatError with the numbers that disagree.
+    The header is checked whole first: length, JSON without duplicate keys, names, dtypes, shapes against byte ranges,
+    ranges without holes or overlaps, and the file's size. Raises FormatError with the numbers that disagree.
     """
 
     def __init__(self, path: Path) -> None:
@@ -50,16 +54,17 @@ class TensorFile(Mapping[str, Tensor]):
             self.info[name] = _entry(name, entry, path.name)
         self._start = 8 + length
         _check_ranges(self.info, size - self._start, path.name)
-        self._storage: torch.UntypedStorage | None = None
+        self._mapped: Tensor | None = None
 
     def __getitem__(self, name: str) -> Tensor:
         dtype_name, shape, begin, end = self.info[name]
         dtype = DTYPES[dtype_name]
         if begin == end:
             return torch.empty(shape, dtype=dtype)
-        if self._storage is None:  # private mapping: pages are shared with the file until somebody writes to them
-            self._storage = torch.UntypedStorage.from_file(str(self.path), False, self.path.stat().st_size)
-        flat = torch.empty(0, dtype=torch.uint8).set_(self._storage)[self._start + begin : self._start + end]  # type: ignore[call-overload]
+        if self._mapped is None:  # private mapping: pages are shared with the file until somebody writes to them
+            size = self.path.stat().st_size
+            self._mapped = torch.from_file(str(self.path), shared=False, size=size, dtype=torch.uint8)
+        flat = self._mapped[self._start + begin : self._start + end]
         if (self._start + begin) % dtype.itemsize:
             flat = flat.clone()
         return flat.view(dtype).reshape(shape)
@@ -85,17 +90,31 @@ def _parse(raw: bytes, file: str) -> dict[str, Any]:
         return out
 
     try:
-        header = json.loads(raw, object_pairs_hook=once)
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)  # bytes would be taken for UTF-16 too
     except (ValueError, RecursionError) as e:
         raise FormatError(f"{file}: header is not JSON") from e
     if not isinstance(header, dict):
         raise FormatError(f"{file}: header is not a JSON object")
+    for name in header:
+        check_name(name, file)
     return header
+
+
+def check_name(name: str, file: str) -> None:
+    """Raise FormatError unless `name` is usable as a tensor name: not empty, not huge, no control characters."""
+    if not name or len(name) > MAX_NAME:
+        raise FormatError(f"{file}: a tensor name has {len(name)} characters, allowed are 1 to {MAX_NAME}")
+    if any(unicodedata.category(c) in ("Cc", "Cs", "Zl", "Zp") for c in name):
+        raise FormatError(f"{file}: tensor name {name!r} holds control characters")
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise FormatError(f"{file}: metadata is not a map of strings")
+    try:
+        "".join((*value, *value.values())).encode()
+    except UnicodeEncodeError as e:
+        raise FormatError(f"{file}: metadata holds half a surrogate pair") from e
     return value
 
 
@@ -104,14 +123,15 @@ def _entry(name: str, entry: Any, file: str) -> tuple[str, tuple[int, ...], int,
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as e:
         raise FormatError(f"{file}: header entry of {name!r} is not dtype, shape and data_offsets") from e
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise FormatError(f"{file}: {name!r} has dtype {dtype!r}, which is not readable here")
-    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
-    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in numbers):
+    if not isinstance(shape, list) or len(shape) > MAX_DIMS:
+        raise FormatError(f"{file}: {name!r} has a shape that is no list of at most {MAX_DIMS} dimensions")
+    if not all(isinstance(v, int) and not isinstance(v, bool) and 0 <= v < 2**63 for v in (*shape, begin, end)):
         raise FormatError(f"{file}: {name!r} has shape {shape} and offsets {begin}, {end}, not all whole and positive")
-    need = DTYPES[dtype].itemsize
-    for dim in shape:
-        need *= dim
+    if math.prod(d for d in shape if d) >= 2**63:  # even beside a zero: torch multiplies strides out
+        raise FormatError(f"{file}: {name!r} has shape {shape}, more entries than 63 bits count")
+    need = DTYPES[dtype].itemsize * math.prod(shape)
     if end - begin != need:
         raise FormatError(f"{file}: {name!r} is {dtype} {shape}, {need} bytes, but its offsets span {end - begin}")
     return dtype, tuple(shape), begin, end
@@ -155,4 +175,4 @@ def write_tensors(out: BinaryIO, tensors: Mapping[str, Tensor], metadata: Mappin
     for name in order:
         t = tensors[name].detach().cpu().contiguous()
         if t.numel():
-            out.write(memoryview(t.reshape(-1).view(torch.uint8).numpy()))
+            out.write(t.reshape(-1).view(torch.uint8).numpy().data)

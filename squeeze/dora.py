@@ -34,4 +34,5 @@ def best_magnitude(before: NeedsBase, after: NeedsBase, w0: Tensor) -> Change:
 def norms(v: Tensor, delta: NeedsBase) -> Tensor:
     """Return ||v|| over every dim but 0 (or but 1 for an embedding, config axis 1), float64, shape (dim,)."""
     axis = int(delta.config.get("axis", 0))
-    return torch.linalg.vector_norm(v, dim=[d for d in range(v.dim()) if d != axis])
+    size: Tensor = torch.linalg.vector_norm(v, dim=[d for d in range(v.dim()) if d != axis])
+    return size

@@ -119,7 +119,7 @@ def truncate(b: Tensor, a: Tensor, k: int, *, middle: Tensor | None = None, scal
              dtype: torch.dtype = torch.float64, core: Core | None = None) -> Stored:
     """Return the rank-k pair closest to dW = scale * b @ middle @ a in every unitarily invariant norm (Eckart-Young).
 
-    Computed in float64, cast once to `dtype`; `error` is ||dW - b' a'||_F / ||dW||_F of what was stored, casts included,
+    Computed in float64, cast once to `dtype`; `error` is ||dW - b' a'||_F / ||dW||_F of what was stored, with casts,
     from small products; where those cancel (error below about 3e-5), from the QR factors of the stacked pair.
     Pass `core` when it is already known. Raises FormatError for factors that are not finite.
     """
@@ -134,8 +134,12 @@ def truncate(b: Tensor, a: Tensor, k: int, *, middle: Tensor | None = None, scal
     if total <= 0.0:
         return Stored(new_b, new_a, 0.0)
     # <dW, b' a'> through the core: dW = left_in K right_in with K = map_b^+ S map_a^+, and for orthonormal bases U S V.
-    weight = (core.map_b * core.s[..., None, :]) @ core.map_a if orthonormal else \
-        scale * (middle.double() if middle is not None else torch.eye(b.shape[-1], dtype=torch.float64, device=b.device))
+    if orthonormal:
+        weight = (core.map_b * core.s[..., None, :]) @ core.map_a
+    elif middle is not None:
+        weight = scale * middle.double()
+    else:
+        weight = scale * torch.eye(b.shape[-1], dtype=torch.float64, device=b.device)
     inner = float(((weight.mT @ cross_b) * cross_a).sum())
     left = total - 2 * inner + float((own_b * own_a).sum())
     if left > 1e-9 * total:
@@ -147,7 +151,7 @@ def truncate(b: Tensor, a: Tensor, k: int, *, middle: Tensor | None = None, scal
 
 
 def _project(x: Tensor, to: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """Return y = x @ to in `dtype`, with x^T y and y^T y in float64 of y as stored. x: (..., rows, r), to: (..., r, k)."""
+    """Return y = x @ to in `dtype`, with x^T y and y^T y in float64, y as stored. x: (..., rows, r), to (..., r, k)."""
     y = x.new_empty(*x.shape[:-1], to.shape[-1], dtype=dtype)
     cross = to.new_zeros(*x.shape[:-2], x.shape[-1], to.shape[-1])
     own = to.new_zeros(*x.shape[:-2], to.shape[-1], to.shape[-1])

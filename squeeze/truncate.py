@@ -39,8 +39,8 @@ class Setting:
 class Truncate(Pass):
     """Keep the best rank-k part of every low-rank, Kronecker, Hadamard or dense delta (Eckart-Young, from factors).
 
-    One of `rank`, `energy` (per module, smallest k that keeps this share of ||dW||^2), `max_error` (per module, smallest
-    k with relative error below it), or `size` (bytes of the whole file, spent over all modules and directions by error
+    One of `rank`, `energy` (per module, smallest k that keeps this share of ||dW||^2), `max_error` (per module, the
+    smallest k with relative error below it), or `size` (bytes of the whole file, spent over all modules and directions by error
     removed per byte). None of them: ranks stay and only `dtype` changes. The result has scale 1, sqrt(sigma) on both
     factors. `method` "exact" is the SVD of the core; "rsvd" the randomised one of LoRA-Squeeze (arXiv 2602.10993).
     `fit` "vllm" rounds ranks up to those vLLM has buffers for. Deltas that would not get smaller are left alone.
@@ -72,7 +72,8 @@ class Truncate(Pass):
             raise UsageError(f"max_error is {self.max_error}, must be from 0 to below 1")
         if self.size is not None and self.size < 1:
             raise UsageError(f"size is {self.size} bytes, must be positive")
-        for value, known in ((self.method, ("exact", "rsvd")), (self.dtype, (None, *DTYPES)), (self.fit, (None, "vllm"))):
+        choices = ((self.method, ("exact", "rsvd")), (self.dtype, (None, *DTYPES)), (self.fit, (None, "vllm")))
+        for value, known in choices:
             if value not in known:
                 raise UsageError(f"{value} is not one of {', '.join(str(k) for k in known if k)}")
 
@@ -206,7 +207,7 @@ def _direction_bytes(delta: Delta, dtype: torch.dtype) -> int:
 
 
 def _factors(delta: Delta, device: str, rank: int | None = None, how: Truncate | None = None) -> Factors:
-    """Return (b, a, middle, scale) of any handled delta; a dense one is factored by SVD (randomised if `how` says so)."""
+    """Return (b, a, middle, scale) of any handled delta; a dense one by SVD, randomised if `how` says so."""
     inner = delta.inner if isinstance(delta, NeedsBase) else delta
     assert inner is not None
     factors = low_rank(inner)

@@ -13,8 +13,14 @@ class AdaptcError(Exception):
     exit_code = 1
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
-        super().__init__(message)
-        self.hint = hint
+        super().__init__(one_line(message))
+        self.hint = hint and one_line(hint)
+
+
+def one_line(text: str, limit: int = 1500) -> str:
+    """Return text as one printable line: control characters out of files escaped, cut at `limit` characters."""
+    text = "".join(c if c.isprintable() else ascii(c)[1:-1] for c in text[: limit + 1])
+    return text if len(text) <= limit else text[:limit] + "..."
 
 
 class FormatError(AdaptcError):

@@ -2,19 +2,20 @@
 
 from __future__ import annotations
 
-import json
-import pickle
+import math
+import re
+import stat
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-import torch
 from torch import Tensor
 
-from adaptc.errors import AdaptcError, FormatError, UnsupportedError, UsageError
+from adaptc.errors import AdaptcError, FormatError, UsageError
+from adaptc.formats.config_json import read_config
+from adaptc.formats.payload import load_npz, load_pickle, tensors_of
 from adaptc.tensorfile import TensorFile
 
 # Names that tell which of several files in a folder is the adapter, best first.
@@ -23,6 +24,8 @@ KNOWN_FILES = (
     "pytorch_lora_weights.bin", "adapter_model.pt", "adapter_0.pt", "lit_model.pth.lora",
 )
 _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf", ".lora", ".onnx_adapter", ".ckpt")
+# torchtune writes its own adapter file beside a PEFT export, whose config says nothing about the former's keys.
+_TORCHTUNE = re.compile(r"adapter_\d+\.(pt|safetensors)")
 # Files that lie beside adapters and never are one.
 _NOT_ADAPTERS = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "tokenizer", "decoded", "output",
                  "ref.pt")
@@ -40,31 +43,41 @@ class Source:
     @cached_property
     def magic(self) -> bytes:
         """First 16 bytes of the tensor file."""
-        with self.file.open("rb") as f:
-            return f.read(16)
+        try:
+            with self.file.open("rb") as f:
+                return f.read(16)
+        except OSError as e:
+            raise AdaptcError(f"{self.file}: {e.strerror or e}") from e
 
     @cached_property
     def payload(self) -> Any:
         """What the file holds: a mapping of tensors, or for old pickles whatever plain structure they store."""
-        if not self.file.stat().st_size:
+        try:
+            return self._load()
+        except OSError as e:
+            raise AdaptcError(f"{self.file}: {e.strerror or e}") from e
+
+    def _load(self) -> Any:
+        size = self.file.stat().st_size
+        if not size:
             raise FormatError(f"{self.file.name}: file is empty")
-        if self.magic[:4] == b"PK\x03\x04" and self.file.suffix == ".npz":
-            return _npz(self.file)
-        if self.magic[:2] == b"PK" or self.magic[:1] == b"\x80":
-            return _pickle(self.file)
-        if self.file.suffix == ".safetensors" or self.magic[8:9] == b"{":
+        head = self.magic
+        if head[:4] == b"PK\x03\x04":
+            return load_npz(self.file) if self.file.suffix == ".npz" else load_pickle(self.file)
+        if head[8:9] == b"{" and int.from_bytes(head[:8], "little") <= size:
             return TensorFile(self.file)
+        if head[:1] == b"\x80" and head[1:2] <= b"\x05":  # a pickle's first opcode and its protocol
+            return load_pickle(self.file)
+        if self.file.suffix == ".safetensors":
+            return TensorFile(self.file)
+        if self.file.suffix == ".npz":
+            raise FormatError(f"{self.file.name}: no npz archive")
         return {}
 
     @cached_property
     def tensors(self) -> Mapping[str, Tensor]:
         """The tensors by file key; empty where the payload is no mapping of tensors."""
-        held = self.payload
-        if isinstance(held, TensorFile):
-            return held
-        if isinstance(held, Mapping) and all(isinstance(v, Tensor) for v in held.values()):
-            return {str(k): v for k, v in held.items()}
-        return {}
+        return self.payload if isinstance(self.payload, TensorFile) else tensors_of(self.payload, self.file.name)
 
     @property
     def metadata(self) -> Mapping[str, str]:
@@ -84,18 +97,25 @@ class Source:
 
 def open_source(path: str | Path, *, alpha: float | None = None) -> Source:
     """Open a file, a folder or a Hub id. Raises UsageError if there is nothing there, FormatError if it is damaged."""
+    if alpha is not None and not (math.isfinite(alpha) and alpha):
+        raise UsageError(f"alpha is {alpha}, must be a number other than 0")
+    if "\0" in str(path):
+        raise UsageError("the input's name holds a NUL character")
     path = Path(path)
-    if not path.exists():
-        path = _from_hub(str(path))
     try:
+        if not path.exists():
+            path = _from_hub(str(path))
         file = _pick(path) if path.is_dir() else path
+        if not stat.S_ISREG(file.stat().st_mode):
+            raise UsageError(f"{file} is no regular file")
         folder = path if path.is_dir() else path.parent
         config_file = folder / "adapter_config.json"
         beside = path.is_dir() or file.name in KNOWN_FILES or file.name.endswith("_adapters.safetensors")
-        config = _json(config_file) if beside and config_file.is_file() else {}
+        mine = beside and not _TORCHTUNE.fullmatch(file.name) and config_file.is_file()
+        config = read_config(config_file) if mine else {}
         return Source(folder if config and not path.is_dir() else path, file, config, alpha)
     except OSError as e:
-        raise AdaptcError(f"{path}: {e.strerror or e}") from e
+        raise AdaptcError(f"{e.filename or path}: {e.strerror or e}") from e
 
 
 def _pick(folder: Path) -> Path:
@@ -110,38 +130,6 @@ def _pick(folder: Path) -> Path:
         raise UsageError(f"{folder} holds no adapter file", hint=f"looked for {', '.join(KNOWN_FILES[:4])} and others")
     raise UsageError(f"{folder} holds {len(found)} files that could be the adapter: "
                      f"{', '.join(p.name for p in found[:4])}", hint="name one of them")
-
-
-def _json(path: Path) -> Mapping[str, Any]:
-    try:
-        config = json.loads(path.read_text("utf-8"))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{path.name} is not JSON") from e
-    if not isinstance(config, dict):
-        raise FormatError(f"{path.name} is not a JSON object")
-    return config
-
-
-def _pickle(path: Path) -> Any:
-    try:
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=path.read_bytes()[:2] == b"PK" or None)
-    except pickle.UnpicklingError as e:
-        raise UnsupportedError(f"{path.name}: pickle wants to run code, refused",
-                               hint="ask its author for safetensors") from e
-    except (RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError, IndexError) as e:
-        raise FormatError(f"{path.name}: truncated or not a torch file") from e
-
-
-def _npz(path: Path) -> dict[str, Tensor]:
-    try:
-        with np.load(path, allow_pickle=False) as z:
-            return {k: torch.from_numpy(np.ascontiguousarray(z[k])) for k in z.files}
-    except (ValueError, OSError, EOFError, TypeError, KeyError) as e:
-        raise FormatError(f"{path.name}: not a plain npz archive of arrays") from e
-    except Exception as e:  # zipfile's own errors derive from Exception only
-        if type(e).__name__ == "BadZipFile":
-            raise FormatError(f"{path.name}: truncated npz archive") from e
-        raise
 
 
 def _from_hub(name: str) -> Path:

@@ -1,1 +1,1 @@
-
+"""The voice: one command a file, one renderer for tables and JSON."""

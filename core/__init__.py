@@ -20,6 +20,9 @@ _PUBLIC = {
     "load": "adaptc.formats",
     "save": "adaptc.formats",
     "compress": "adaptc.squeeze",
+    "run": "adaptc.recipe",
+    "inspect": "adaptc.squeeze.inspection",
+    "diff": "adaptc.difference",
     "Adapter": "adaptc.adapter",
     "AdaptcError": "adaptc.errors",
 }
@@ -27,10 +30,13 @@ __all__ = [*_PUBLIC, "__version__"]
 
 if TYPE_CHECKING:
     from adaptc.adapter import Adapter as Adapter
+    from adaptc.difference import diff as diff
     from adaptc.errors import AdaptcError as AdaptcError
     from adaptc.formats import load as load
     from adaptc.formats import save as save
+    from adaptc.recipe import run as run
     from adaptc.squeeze import compress as compress
+    from adaptc.squeeze.inspection import inspect as inspect
 
 
 def __getattr__(name: str) -> Any:

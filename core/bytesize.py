@@ -39,3 +39,11 @@ def print_nbytes(nbytes: int) -> str:
         if value < 999.5 or unit == units[-1]:
             break
     return f"{value:.{0 if value >= 99.95 else 1 if value >= 9.995 else 2}f} {unit}"
+
+
+def short_nbytes(nbytes: int) -> str:
+    """Return a byte count without spaces, exact and as short as that allows: 2MiB, 500KB, 12345B; for file names."""
+    for unit, scale in (("GiB", 2**30), ("GB", 10**9), ("MiB", 2**20), ("MB", 10**6), ("KiB", 2**10), ("KB", 10**3)):
+        if nbytes % scale == 0:
+            return f"{nbytes // scale}{unit}"
+    return f"{nbytes}B"

@@ -11,6 +11,7 @@ class AdaptcError(Exception):
     """
 
     exit_code = 1
+    path: str | None = None  # the input it is about, set by the command line
 
     def __init__(self, message: str, *, hint: str | None = None) -> None:
         super().__init__(one_line(message))

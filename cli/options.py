@@ -1,0 +1,61 @@
+"""Options that several commands share, each defined once."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+from adaptc.cli.render import Voice
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+def _stack(*options: Callable[[F], F]) -> Callable[[F], F]:
+    def add(f: F) -> F:
+        for option in reversed(options):
+            f = option(f)
+        return f
+
+    return add
+
+
+def example(text: str) -> str:
+    """Return the epilog every command ends with: one line that runs."""
+    return f"\b\nExample:\n  {text}"
+
+
+def input_argument(name: str = "IN") -> Callable[[F], F]:
+    """An adapter to read: a file, a folder, or a Hub id."""
+    return click.argument(name.lower() if name != "IN" else "source", metavar=name, type=click.Path())
+
+
+reading = _stack(
+    click.option("--alpha", type=float, metavar="X", help="lora_alpha of the training run, for files without one."),
+    click.option("--dialect", metavar="ID", help="Read as this dialect instead of recognising it."),
+)
+working = _stack(
+    click.option("--base", type=click.Path(), metavar="DIR", help="Base model: folder or safetensors file."),
+    click.option("--jobs", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads (0: all cores)."),
+    click.option("--device", default="cpu", metavar="NAME", help="Where the algebra runs: cpu, cuda, ...",
+                 show_default=True),
+)
+writing = _stack(
+    click.option("--allow-loss", is_flag=True, help="Write even if the output dialect cannot say everything."),
+    click.option("--force", is_flag=True, help="Replace an existing output (never an input)."),
+)
+
+
+def speaking(f: F) -> F:
+    """Add --json, --quiet and --verbose, handed to the command as one `voice`."""
+    def wrapped(*args: Any, json: bool, quiet: bool, verbose: bool, **kw: Any) -> Any:
+        return f(*args, voice=Voice(json, quiet, verbose), **kw)
+
+    wrapped.__doc__, wrapped.__name__ = f.__doc__, f.__name__
+    wrapped.__click_params__ = getattr(f, "__click_params__", [])  # type: ignore[attr-defined]
+    return _stack(
+        click.option("--json", is_flag=True, help="Print one JSON document."),
+        click.option("--quiet", "-q", is_flag=True, help="Print nothing but errors."),
+        click.option("--verbose", "-v", is_flag=True, help="One line for every module."),
+    )(wrapped)  # type: ignore[return-value]

@@ -1,0 +1,73 @@
+"""Opening what the user named, so that every failure says which input it is about."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from adaptc.errors import AdaptcError
+
+if TYPE_CHECKING:
+    from adaptc.adapter import Adapter
+    from adaptc.base import Base
+    from adaptc.formats.format import Evidence, Format
+    from adaptc.formats.source import Source
+
+
+@dataclass(frozen=True)
+class Opened:
+    """An adapter with the source it was read from, its dialect, and why it was taken for that."""
+
+    name: str
+    source: Source
+    format: Format
+    evidence: Evidence
+    adapter: Adapter
+
+    @property
+    def files(self) -> dict[str, int]:
+        """Names and bytes of everything the adapter is made of on disk: tensors, and the config beside them."""
+        config = self.source.file.parent / "adapter_config.json"
+        beside = {config.name: config.stat().st_size} if self.source.config and config.is_file() else {}
+        return {**self.source.files, **beside}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes on disk."""
+        return sum(self.files.values())
+
+    @property
+    def inputs(self) -> tuple[Path, ...]:
+        """Paths that no output may replace."""
+        return (self.source.path, self.source.file)
+
+
+@contextmanager
+def about(name: str) -> Iterator[None]:
+    """Let every AdaptcError raised inside say that it is about the input `name`."""
+    try:
+        yield
+    except AdaptcError as e:
+        e.path = e.path or name
+        raise
+
+
+def open_adapter(name: str, alpha: float | None = None, dialect: str | None = None) -> Opened:
+    """Open, recognise and read the adapter that the user called `name`."""
+    from adaptc.formats.sniff import recognise
+    from adaptc.formats.source import open_source
+
+    with about(name):
+        source = open_source(name, alpha=alpha)
+        fmt, evidence = recognise(source, dialect)
+        return Opened(name, source, fmt, evidence, fmt.read(source))
+
+
+def open_base(path: str | None) -> Base | None:
+    """Open the base model at `path`, None where none was given."""
+    from adaptc.base import Base
+
+    return None if path is None else Base(Path(path))

@@ -25,7 +25,7 @@ class Resident:
 
     Planes: q (tq / 16, n) int16, p (tp / 16, m) int16; bit t of word w is plane 16 w + t, set for +1.
     Plain: q (tq, n) and p (tp, m), float16, bfloat16 or float32. core (tq, tp) float32; padding is zero in the core
-    (planes) or in the factors (plain). tq and tp are multiples of 16.
+    (planes) or in the factors (plain). tq and tp are 16, 32, 64, 128 or 256: a tile's sides are powers of two.
     """
 
     q: Tensor
@@ -71,7 +71,7 @@ def pack_planes(
         inner = inner * q_scale.to(inner)
     p_words, p_of, p_power = _planes(p_codes.t(), p_bits, "p")
     q_words, q_of, q_power = _planes(q_codes, q_bits, "q")
-    folded = torch.zeros(WORD * len(q_words), WORD * len(p_words), dtype=torch.float64)
+    folded = torch.zeros(padded(len(q_of)), padded(len(p_of)), dtype=torch.float64)
     folded[: len(q_of), : len(p_of)] = inner.to("cpu")[p_of][:, q_of].t() * q_power[:, None] * p_power
     return Resident(q_words, p_words, folded.to(torch.float32).to(q_words.device), max(r_p, r_q))
 
@@ -81,7 +81,7 @@ def pack_plain(p: Tensor, q: Tensor, core: Tensor | None = None, dtype: torch.dt
     r_p, r_q = p.shape[1], q.shape[0]
     if not 1 <= max(r_p, r_q) <= MAX_PLANES:
         raise UnsupportedError(f"adapter has rank {max(r_p, r_q)}, the kernels take 1 to {MAX_PLANES}")
-    tp, tq = -(-r_p // WORD) * WORD, -(-r_q // WORD) * WORD
+    tp, tq = padded(r_p), padded(r_q)
     rows_p, rows_q = p.new_zeros(tp, p.shape[0], dtype=dtype), q.new_zeros(tq, q.shape[1], dtype=dtype)
     rows_p[:r_p], rows_q[:r_q] = p.t(), q
     inner = torch.zeros(tq, tp, dtype=torch.float32, device=q.device)
@@ -97,10 +97,15 @@ def unpack(resident: Resident) -> tuple[Tensor, Tensor, Tensor]:
     return unpack_words(resident.p).t(), core, unpack_words(resident.q)
 
 
+def padded(planes: int) -> int:
+    """Return the number of planes a kernel works on: the next power of two, at least one word."""
+    return max(WORD, 1 << (planes - 1).bit_length())
+
+
 def pack_words(signs: Tensor) -> Tensor:
-    """Pack planes (t, n), positive for +1, into (ceil(t / 16), n) int16 words; the inverse is `unpack_words`."""
+    """Pack planes (t, n), positive for +1, into (padded(t) / 16, n) int16 words; the inverse is `unpack_words`."""
     t, n = signs.shape
-    bits = torch.zeros(-(-t // WORD) * WORD, n, dtype=torch.int32, device=signs.device)
+    bits = torch.zeros(padded(t), n, dtype=torch.int32, device=signs.device)
     bits[:t] = signs > 0
     weight = 1 << torch.arange(WORD, dtype=torch.int32, device=signs.device)
     return (bits.view(-1, WORD, n) * weight[:, None]).sum(1).to(torch.int16)

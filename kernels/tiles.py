@@ -8,11 +8,11 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adaptc.kernels.lookup import INT4_BF16, INT4_FP16, NF4_BF16, NF4_FP16
+from adaptc.kernels.lookup import CONSTRAINTS, INT4_BF16, INT4_FP16, NF4_BF16, NF4_FP16
 
 PLAIN = tl.constexpr(0)
 NF4 = tl.constexpr(1)
-INT4 = tl.constexpr(2)
+ASM_CONSTRAINTS = tl.constexpr(CONSTRAINTS)
 ASM_NF4_FP16 = tl.constexpr(NF4_FP16)
 ASM_NF4_BF16 = tl.constexpr(NF4_BF16)
 ASM_INT4_FP16 = tl.constexpr(INT4_FP16)
@@ -32,24 +32,59 @@ def dot(a, b, acc, DT: tl.constexpr):
 
 
 @triton.jit
-def halves(codes, table, CODE: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr):
-    """The 16-entry table's values for the high and for the low nibbles of a byte tile."""
-    if ASM:
-        # tl.inline_asm_elementwise takes literal dtypes only, not a constexpr parameter
-        if DT == tl.float16:
-            asm: tl.constexpr = ASM_NF4_FP16 if CODE == NF4 else ASM_INT4_FP16
-            return tl.inline_asm_elementwise(
-                asm, "=r,=r,=r,=r,r", [codes], dtype=(tl.float16, tl.float16), is_pure=True, pack=4
-            )
-        else:
-            asm: tl.constexpr = ASM_NF4_BF16 if CODE == NF4 else ASM_INT4_BF16
-            return tl.inline_asm_elementwise(
-                asm, "=r,=r,=r,=r,r", [codes], dtype=(tl.bfloat16, tl.bfloat16), is_pure=True, pack=4
-            )
+def dot_wide(a, b, DT: tl.constexpr):
+    """a @ b of float32 operands whose range half precision may not hold: tf32 (11 bits) unless DT is float32."""
+    if DT == tl.float32:
+        return tl.dot(a, b, input_precision="ieee")
     else:
-        high = tl.load(table + (codes >> 4).to(tl.int32)).to(DT)
-        low = tl.load(table + (codes & 15).to(tl.int32)).to(DT)
-        return high, low
+        return tl.dot(a, b, input_precision="tf32")
+
+
+@triton.jit
+def lookup(shorts, CODE: tl.constexpr, DT: tl.constexpr):
+    """Four tiles of values from a tile of int16, four codes each, by byte permutes (see `lookup.py`).
+
+    Two neighbouring int16 are one word of eight columns, and tile j has columns 2 j and 2 j + 1 of every word: `pack=2`
+    hands the asm the pair in one register, and the results are already where a tensor core wants them.
+    """
+    # tl.inline_asm_elementwise takes literal dtypes only, not a constexpr parameter
+    if DT == tl.float16:
+        asm: tl.constexpr = ASM_NF4_FP16 if CODE == NF4 else ASM_INT4_FP16
+        return tl.inline_asm_elementwise(
+            asm, ASM_CONSTRAINTS, [shorts], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
+        )
+    else:
+        asm: tl.constexpr = ASM_NF4_BF16 if CODE == NF4 else ASM_INT4_BF16
+        return tl.inline_asm_elementwise(
+            asm, ASM_CONSTRAINTS, [shorts], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+        )
+
+
+@triton.jit
+def gather(shorts, table, COLUMN: tl.constexpr, DT: tl.constexpr):
+    """The value of one of the four columns of each int16, loaded from a table of 16: `lookup` where there is no PTX."""
+    return tl.load(table + ((shorts.to(tl.int32) >> (4 * (COLUMN ^ 1))) & 15)).to(DT)
+
+
+@triton.jit
+def piece(x_rows, ks, rows, M, K: tl.constexpr, WHOLE: tl.constexpr, DT: tl.constexpr):
+    """(16, BM) of x^T at the columns ks."""
+    if WHOLE:
+        return tl.load(x_rows + ks[:, None], mask=rows[None, :] < M, other=0.0).to(DT)
+    else:
+        return tl.load(x_rows + ks[:, None], mask=(rows[None, :] < M) & (ks[:, None] < K), other=0.0).to(DT)
+
+
+@triton.jit
+def column_of(i, ASM: tl.constexpr):
+    """The column, in its block of 64, of entry i of the first product; product j is `2 j` (PTX) or `j` columns on.
+
+    PTX: two columns of each of eight words; else one column of each of sixteen int16.
+    """
+    if ASM:
+        return (i // 2) * 8 + i % 2
+    else:
+        return i * 4
 
 
 @triton.jit
@@ -57,12 +92,13 @@ def base_tile(
     x, w, scales, table, rows, cols, k_lo, M, x_row,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, KS: tl.constexpr, S_ROW: tl.constexpr, S_COL: tl.constexpr,
     CODE: tl.constexpr, EVEN: tl.constexpr, BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr,
-    ASM: tl.constexpr,
+    ASM: tl.constexpr, SORTED: tl.constexpr,
 ):  # fmt: skip
     """(BN, BM) float32: dequant(w)[cols, k_lo : k_lo + KS] @ x[rows, same]^T.
 
     Columns past N read column 0: a store masks them, and the loads need no mask. KP is K rounded up to the 64 columns
-    of a scale; EVEN says that no split reaches past KP.
+    of a scale; EVEN says that no split reaches past KP. SORTED says that the columns of x already stand in the order in
+    which the products take them (`column_of`), KP to a row.
     """
     acc = tl.zeros((BN, BM), dtype=tl.float32)
     safe = tl.where(cols < N, cols, 0).to(tl.int64)
@@ -79,30 +115,34 @@ def base_tile(
                 xt = tl.load(x_rows + ks[:, None], mask=(rows[None, :] < M) & (ks[:, None] < K), other=0.0)
             acc = dot(wt.to(DT), xt.to(DT), acc, DT)
     else:
-        w_rows = w + safe[:, None] * (KP // 2)
+        w_rows = w + safe[:, None] * (KP // 4)
         s_rows = scales + safe * S_ROW
-        x_rows = x + rows[:, None] * x_row
+        x_rows = x + rows[None, :] * x_row
+        i = tl.arange(0, 16)
+        inside = i if SORTED else column_of(i, ASM)
+        step: tl.constexpr = 16 if SORTED else (2 if ASM else 1)
         for k in range(0, KS, BK):
             # BK / 64 scale blocks an iteration, unrolled: their loads are in flight together
             for sub in tl.static_range(0, BK, 64):
                 kb = k_lo + k + sub
-                ks = kb + tl.arange(0, 64)
-                kh = kb // 2 + tl.arange(0, 32)
+                kw = kb // 4 + i
                 if EVEN:
-                    codes = tl.load(w_rows + kh[None, :])
-                    scale = tl.load(s_rows + (kb // 64) * S_COL)
+                    shorts = tl.load(w_rows + kw[None, :])
+                    scale = tl.load(s_rows + (kb // 64) * S_COL).to(DT)
                 else:
-                    codes = tl.load(w_rows + kh[None, :], mask=kh[None, :] < KP // 2, other=0)
-                    scale = tl.load(s_rows + (kb // 64) * S_COL, mask=safe * 0 + kb < KP, other=0.0)
-                if EVEN and KP == K:
-                    xt = tl.load(x_rows + ks[None, :], mask=rows[:, None] < M, other=0.0)
+                    shorts = tl.load(w_rows + kw[None, :], mask=kw[None, :] < KP // 4, other=0)
+                    scale = tl.load(s_rows + (kb // 64) * S_COL, mask=safe * 0 + kb < KP, other=0.0).to(DT)
+                if ASM:
+                    c0, c1, c2, c3 = lookup(shorts, CODE, DT)
                 else:
-                    xt = tl.load(x_rows + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
-                even, odd = tl.split(tl.reshape(xt.to(DT), (BM, 32, 2)))
-                high, low = halves(codes, table, CODE, DT, ASM)
-                factor = scale.to(DT)[:, None]
-                acc = dot(high * factor, tl.trans(even), acc, DT)
-                acc = dot(low * factor, tl.trans(odd), acc, DT)
+                    c0, c1 = gather(shorts, table, 0, DT), gather(shorts, table, 1, DT)
+                    c2, c3 = gather(shorts, table, 2, DT), gather(shorts, table, 3, DT)
+                factor = scale[:, None]
+                at = kb + inside
+                acc = dot(c0 * factor, piece(x_rows, at, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
+                acc = dot(c1 * factor, piece(x_rows, at + step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
+                acc = dot(c2 * factor, piece(x_rows, at + 2 * step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
+                acc = dot(c3 * factor, piece(x_rows, at + 3 * step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
     return acc
 
 

@@ -45,20 +45,33 @@ def plan(m_rows: int, n: int, k: int, code: str, programs: int = 528) -> Plan:
     return Plan(bm, bn, bk, split, ks, -(-k // kq), kq, 128, 4, 4)
 
 
-def decode(x: Tensor, weight: Weight, adapter: Resident | None, scale: float, bias: Tensor | None = None) -> Tensor:
-    """y = x w0^T + bias + scale * dW x for x (M, n), M <= 64, by the fastest implementation for x's device."""
+def decode(
+    x: Tensor,
+    weight: Weight,
+    adapter: Resident | None,
+    scale: float,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+) -> Tensor:
+    """y = gain * (x w0^T + scale * dW x) + bias for x (M, n), M <= 64, by the fastest implementation for x's device."""
     choice = backend(x)
     if choice == "triton":
-        return launch(x, weight, adapter, scale, bias)
+        return launch(x, weight, adapter, scale, bias, gain)
     if choice == "native":
         from adaptc.kernels.native import linear as native
 
-        return native.linear(x, weight, adapter, scale, bias)
-    return naive.linear(x, weight, adapter, scale, bias)
+        return native.linear(x, weight, adapter, scale, bias, gain)
+    return naive.linear(x, weight, adapter, scale, bias, gain)
 
 
 def launch(
-    x: Tensor, weight: Weight, adapter: Resident | None, scale: float, bias: Tensor | None, tiles: Plan | None = None
+    x: Tensor,
+    weight: Weight,
+    adapter: Resident | None,
+    scale: float,
+    bias: Tensor | None = None,
+    gain: Tensor | None = None,
+    tiles: Plan | None = None,
 ) -> Tensor:
     """Run the Triton kernel; `tiles` overrides the plan."""
     from adaptc.kernels.decode.triton import decode_kernel
@@ -75,11 +88,12 @@ def launch(
     room = scratch(x.device, 2 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
     scales = x if weight.scales is None else weight.scales
     decode_kernel[(slices + blocks * t.split,)](
-        x, weight.data, scales, lookup_table(weight, x.device), x if bias is None else bias,
+        x, codes(weight), scales, lookup_table(weight, x.device), x if bias is None else bias,
+        x if gain is None else gain,
         *((x, x, x) if adapter is None else (adapter.q, adapter.p, adapter.core)), scale,
         y, room.floats, room.floats[shrunk:], room.flags, rows, x.stride(0),
         N=n, K=k, KP=k if weight.scales is None else weight.data.shape[1] * 2,
-        S_ROW=scales.stride(0), S_COL=scales.stride(1), CODE=CODES[weight.code], BIAS=bias is not None,
+        S_ROW=scales.stride(0), S_COL=scales.stride(1), CODE=CODES[weight.code], BIAS=bias is not None, GAIN=gain is not None,
         TQ=16 if adapter is None else adapter.core.shape[0], TP=tp, PACKED=adapter is not None and adapter.packed,
         SLICES=slices, KQ=t.kq, SPLIT=t.split, KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, BQ=t.bq,
         DT=compute_type(x), ASM=permutes(x) and weight.code != "plain", num_warps=t.warps, num_stages=t.stages,
@@ -96,6 +110,11 @@ def lookup_table(weight: Weight, device: torch.device) -> Tensor:
     if key not in _TABLES:
         _TABLES[key] = torch.tensor(weight.table, dtype=torch.float32, device=device)
     return _TABLES[key]
+
+
+def codes(weight: Weight) -> Tensor:
+    """Return the data of a weight as a kernel reads it: 4-bit codes four to an int16."""
+    return weight.data if weight.scales is None else weight.data.view(torch.int16)
 
 
 __all__ = ["MAX_ROWS", "Plan", "decode", "interpreting", "launch", "plan"]

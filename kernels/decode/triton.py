@@ -5,16 +5,17 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adaptc.kernels.tiles import arrive, base_tile, dot, factor_tile, wait
+from adaptc.kernels.tiles import arrive, base_tile, dot, dot_wide, factor_tile, wait
 
 
 @triton.jit
 def decode_kernel(
     x,        # (M, K) rows x_row apart, any float dtype
-    w,        # (N, K) float, or (N, KP / 2) uint8 codes, even column in the high nibble
+    w,        # (N, K) float, or (N, KP / 4) int16 of four codes, the even column in a byte's high nibble
     scales,   # (N, KP / 64) float32 with strides S_ROW, S_COL; unread for plain weights
     table,    # (16,) float32 values of the codes; unread where ASM
     bias,     # (N,) float; unread unless BIAS
+    gain,     # (N,) float32 factor of everything but the bias (DoRA); unread unless GAIN
     q,        # (TQ / 16, K) int16 words if PACKED, else (TQ, K) float
     p,        # (TP / 16, N) int16 words if PACKED, else (TP, N) float
     core,     # (TQ, TP) float32
@@ -25,11 +26,11 @@ def decode_kernel(
     flags,    # (2 + tiles,) int32, zero before and after: slices arrived, tiles done, splits arrived for each tile
     M, x_row,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S_ROW: tl.constexpr, S_COL: tl.constexpr,
-    CODE: tl.constexpr, BIAS: tl.constexpr, TQ: tl.constexpr, TP: tl.constexpr, PACKED: tl.constexpr,
+    CODE: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, TQ: tl.constexpr, TP: tl.constexpr, PACKED: tl.constexpr,
     SLICES: tl.constexpr, KQ: tl.constexpr, SPLIT: tl.constexpr, KS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y = x dequant(w)^T + bias + scale * ((x q^T) core) p^T for M <= BM.
+    """y = gain * (x dequant(w)^T + scale * ((x q^T) core) p^T) + bias for M <= BM.
 
     Programs 0 .. SLICES-1 shrink KQ columns of x each; program SLICES + tile * SPLIT + split multiplies KS columns of
     BN rows of w. The last split to finish a tile adds the parts in split order, so the result does not depend on who
@@ -38,23 +39,24 @@ def decode_kernel(
     pid = tl.program_id(0)
     rows = tl.arange(0, BM)
     if pid < SLICES:
-        h = tl.zeros((BM, TQ), dtype=tl.float32)
-        for k in range(0, KQ, BQ):
-            ks = pid * KQ + k + tl.arange(0, BQ)
-            xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
-            h = dot(xt.to(DT), factor_tile(q, ks, K, BQ, TQ, PACKED, SLICES * KQ == K, DT), h, DT)
-        c = tl.load(core + tl.arange(0, TQ)[:, None] * TP + tl.arange(0, TP)[None, :]) * scale
-        g = tl.dot(h, c, input_precision="ieee")
-        at = (pid * BM + rows[:, None]) * TP + tl.arange(0, TP)[None, :]
-        tl.store(shrunk + at, g)
-        arrive(flags)
+        if TP > 0:  # with no adapter there are no slices, and nothing of this is compiled
+            h = tl.zeros((BM, TQ), dtype=tl.float32)
+            for k in range(0, KQ, BQ):
+                ks = pid * KQ + k + tl.arange(0, BQ)
+                xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
+                h = dot(xt.to(DT), factor_tile(q, ks, K, BQ, TQ, PACKED, SLICES * KQ == K, DT), h, DT)
+            c = tl.load(core + tl.arange(0, TQ)[:, None] * TP + tl.arange(0, TP)[None, :]) * scale
+            g = dot_wide(h, c, DT)
+            at = (pid * BM + rows[:, None]) * TP + tl.arange(0, TP)[None, :]
+            tl.store(shrunk + at, g)
+            arrive(flags)
     else:
         tile = (pid - SLICES) // SPLIT
         split = (pid - SLICES) % SPLIT
         cols = tile * BN + tl.arange(0, BN)
         acc = base_tile(
             x, w, scales, table, rows, cols, split * KS, M, x_row, N, K, KP, KS, S_ROW, S_COL, CODE, SPLIT * KS == KP,
-            BM, BN, BK, DT, ASM,
+            BM, BN, BK, DT, ASM, False,
         )  # fmt: skip
         here = tl.arange(0, BN)[:, None] * BM + rows[None, :]
         last = True
@@ -80,6 +82,8 @@ def decode_kernel(
                 if arrive(flags + 1) == (N + BN - 1) // BN - 1:
                     tl.store(flags, 0)
                     tl.store(flags + 1, 0)
+            if GAIN:
+                acc *= tl.load(gain + cols, mask=cols < N, other=0.0)[:, None]
             if BIAS:
                 acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
             out = y + rows[None, :].to(tl.int64) * N + cols[:, None]

@@ -169,9 +169,13 @@ class Pass(ABC):
                           energy, change.note)
 
     def __str__(self) -> str:
-        values = {f.name: getattr(self, f.name) for f in fields(self)}
-        defaults = {f.name: f.default for f in fields(self)}
-        return print_spec(self.name, {k: v for k, v in values.items() if v != defaults[k]})
+        return _spec(self)
+
+
+def _spec(step: Pass | Join) -> str:
+    """Return the written form of a pass or join: its name, and the options that are not their defaults."""
+    values = {f.name: (getattr(step, f.name), f.default) for f in fields(step) if f.init}
+    return print_spec(step.name, {k: v for k, (v, default) in values.items() if v != default})
 
 
 def _matches(key: str, pattern: str) -> bool:
@@ -186,8 +190,9 @@ def located(error: AdaptcError, message: str) -> AdaptcError:
     return type(error)(message, hint=error.hint)
 
 
+@dataclass(frozen=True, kw_only=True)
 class Join(ABC):
-    """The many-to-one sibling of Pass: several adapters in, one out."""
+    """The many-to-one sibling of Pass: several adapters in, one out. Its fields are its options, as in a Pass."""
 
     name: ClassVar[str]
 
@@ -195,21 +200,39 @@ class Join(ABC):
     def __call__(self, adapters: Sequence[Adapter], ctx: Context | None = None) -> Outcome:
         """Return the joined adapter with a row a module."""
 
+    def __str__(self) -> str:
+        return _spec(self)
+
 
 @dataclass(frozen=True)
 class Pipeline:
-    """Passes one after another; itself a pass. Rows compare the first input with the last output."""
+    """Passes one after another; itself a pass. Rows compare the first input with the last output.
 
-    steps: tuple[Pass, ...] = field(default_factory=tuple)
+    The first step may be a Join: then the pipeline takes several adapters, and rows compare with what was joined.
+    """
+
+    steps: tuple[Pass | Join, ...] = field(default_factory=tuple)
     name: ClassVar[str] = "pipeline"
 
-    def __call__(self, adapter: Adapter, ctx: Context | None = None) -> Outcome:
+    def __post_init__(self) -> None:
+        for step in self.steps[1:]:
+            if isinstance(step, Join):
+                raise UsageError(f"{step.name} takes several adapters, so it must be the first step")
+
+    def __call__(self, adapter: Adapter | Sequence[Adapter], ctx: Context | None = None) -> Outcome:
         """Run every step. A failure names what ran before it."""
+        if self.steps and isinstance(self.steps[0], Join):
+            return self._joined([adapter] if isinstance(adapter, Adapter) else adapter, ctx)
+        if not isinstance(adapter, Adapter):
+            if len(adapter) != 1:
+                raise UsageError(f"{len(adapter)} adapters for passes that take one", hint="merge comes first")
+            adapter = adapter[0]
         now = adapter
         done: list[str] = []
         rows: dict[str, Row] = {}
         notes: list[str] = []
         for step in self.steps:
+            assert isinstance(step, Pass)
             try:
                 outcome = step(now, ctx)
             except AdaptcError as e:
@@ -225,6 +248,19 @@ class Pipeline:
                 compared = run(lambda k: compare(k, adapter.deltas[k], now.deltas.get(k)), keys, context, "error")
             rows = dict(zip(keys, compared, strict=True))
         return Outcome(now, tuple(rows.values()), tuple(notes))
+
+    def _joined(self, adapters: Sequence[Adapter], ctx: Context | None) -> Outcome:
+        join = self.steps[0]
+        assert isinstance(join, Join)
+        first = join(adapters, ctx)
+        if len(self.steps) == 1:
+            return first
+        try:
+            rest = Pipeline(self.steps[1:])(first.adapter, ctx)
+        except AdaptcError as e:
+            raise located(e, f"{e} (after {join})") from e
+        said = f"errors count from what {join.name} made, itself {first.error:.3g} from the weighted sum"
+        return Outcome(rest.adapter, rest.rows, (said, *first.notes, *rest.notes))
 
     def __str__(self) -> str:
         return ",".join(map(str, self.steps))

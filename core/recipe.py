@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,11 +20,12 @@ if TYPE_CHECKING:
     from adaptc.adapter import Adapter
 
 
-def run(adapter: Adapter, recipe: str | Path, *, base: str | Path | None = None, jobs: int = 0,
+def run(adapter: Adapter | Sequence[Adapter], recipe: str | Path, *, base: str | Path | None = None, jobs: int = 0,
         device: str = "cpu") -> Adapter:
     """Return `adapter` after every pass of `recipe`: a spec ("truncate{rank=8}") or the path of a TOML file.
 
-    Byte budgets count the file that the adapter's own dialect would write.
+    Several adapters are taken where the first step joins them ("merge{method=ties},truncate{rank=8}"). Byte budgets
+    count the file that the adapter's own dialect would write.
     """
     from adaptc.base import Base
     from adaptc.formats import size_of

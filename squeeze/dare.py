@@ -38,7 +38,9 @@ def merge_linear(task: Task) -> Result:
     "dare_linear" does, where the product is no longer unbiased. When not to use it: low-rank deltas have no redundant
     entries to drop, so at small densities it only adds noise.
     """
-    return in_factors(add_factors, task) if task.options.space == "factors" else in_canonical_core(add_entries)(task)
+    if task.options.space == "factors":
+        return in_factors(add_factors, task)
+    return in_canonical_core(add_entries)(task)
 
 
 def merge_ties(task: Task) -> Result:
@@ -46,7 +48,9 @@ def merge_ties(task: Task) -> Result:
 
     DARE with TIES, arXiv 2311.03099 and 2306.01708. When not to use it: as `dare-linear`.
     """
-    return in_factors(elect_factors, task) if task.options.space == "factors" else in_canonical_core(elect_entries)(task)
+    if task.options.space == "factors":
+        return in_factors(elect_factors, task)
+    return in_canonical_core(elect_entries)(task)
 
 
 def add_factors(x: Tensor, v: Tensor, task: Task, side: int) -> Tensor:
@@ -69,7 +73,8 @@ LINEAR = Method(
     avoid="low-rank inputs at small density: it only adds noise",
 )
 TIES = Method(
-    name="dare-ties", run=merge_ties, entries=elect_entries, space=_SPACE, options=_OPTIONS, paper=_PAPER, averages=True,
+    name="dare-ties", run=merge_ties, entries=elect_entries, space=_SPACE, options=_OPTIONS, paper=_PAPER,
+    averages=True,
     exact="not the weighted sum: random drops, then outvoted entries dropped",
     avoid="low-rank inputs at small density: it only adds noise",
 )

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from adaptc.delta import BaseFree, LowRank
+from adaptc.delta import BaseFree
 from adaptc.lowrank import low_rank
 from adaptc.squeeze.factored import check_finite, gram
 
@@ -35,7 +35,7 @@ class Part:
         return core.double() * self.scale
 
     def balanced(self) -> tuple[Tensor, Tensor]:
-        """Return float64 (b', a') with dW = b' @ a', sqrt(|scale|) on both and its sign on a'; the core goes into b'."""
+        """Return float64 (b', a') with dW = b' @ a': sqrt(|scale|) on both, its sign on a', the core in b'."""
         root = math.sqrt(abs(self.scale))
         b = self.b.double() if self.core is None else self.b.double() @ self.core.double()
         return b * root, self.a.double() * math.copysign(root, self.scale)
@@ -81,8 +81,8 @@ class Joint:
     def canonical(self) -> Joint:
         """Return the same deltas in the singular bases of the deltas themselves.
 
-        U: left singular vectors of [dW_1 ... dW_T], V: right ones of [dW_1; ...; dW_T]. They depend on the deltas alone,
-        not on how they were factored, up to signs, under which every elementwise method is equivariant.
+        U: left singular vectors of [dW_1 ... dW_T], V: right ones of [dW_1; ...; dW_T]. They depend on the deltas
+        alone, not on how they were factored, up to signs, under which every elementwise method is equivariant.
         """
         t, p, q = self.cores.shape
         u, s, _ = torch.linalg.svd(self.cores.permute(1, 0, 2).reshape(p, t * q), full_matrices=False)
@@ -121,8 +121,10 @@ class Joint:
         inner = float(((target.mT @ across_b) * across_a.mT).sum())
         left = total - 2 * inner + float(((b.mT @ b) * (a @ a.mT)).sum())
         if left <= 1e-9 * total:
-            wide = torch.cat([self.left(target), -b], 1), torch.cat([self.right(torch.eye(target.shape[1]).to(target)), a])
-            left = float((torch.linalg.qr(wide[0], mode="r").R @ torch.linalg.qr(wide[1].mT, mode="r").R.mT).square().sum())
+            v = self.right(torch.eye(target.shape[1]).to(target))
+            r_b = torch.linalg.qr(torch.cat([self.left(target), -b], 1), mode="r").R
+            r_a = torch.linalg.qr(torch.cat([v, a], 0).mT, mode="r").R
+            left = float((r_b @ r_a.mT).square().sum())
         return math.sqrt(left / total), total
 
 
@@ -139,7 +141,7 @@ def joint(parts: Sequence[Part]) -> Joint:
 
 
 def _basis(x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """Return (x', map, coords) with orthonormal U = x' @ map and x = U @ coords. x: (rows, R); map and coords float64."""
+    """Return (x', map, coords): U = x' @ map is orthonormal and x = U @ coords. x: (rows, R); map, coords float64."""
     if x.shape[1] <= x.shape[0]:
         g = gram(x)
         check_finite(g)
@@ -160,7 +162,3 @@ def _count(s: Tensor) -> int:
     """Return how many of the descending singular values are not rounding noise, at least 1 where there are any."""
     return max(int((s > _ZERO * s[0]).sum()), 1) if len(s) else 0
 
-
-def low_rank_of(b: Tensor, a: Tensor, shape: tuple[int, ...]) -> LowRank:
-    """Return the pair as a delta of scale 1."""
-    return LowRank(a.cpu().contiguous(), b.cpu().contiguous(), None, 1.0, shape)

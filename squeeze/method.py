@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from adaptc.registry import Registry
 from adaptc.squeeze.joint import Joint, Part, joint
 
 
@@ -47,7 +48,8 @@ class Task:
     @property
     def w(self) -> Tensor:
         """The weights as a float64 vector (T,)."""
-        return torch.tensor(self.weights, dtype=torch.float64, device=self.parts[0].b.device)
+        device = self.parts[0].b.device if self.parts else torch.device("cpu")
+        return torch.tensor(self.weights, dtype=torch.float64, device=device)
 
     def rng(self, stream: int = 0) -> np.random.Generator:
         """Return a fresh generator for this parameter, a function of the seed, the key and `stream` alone."""
@@ -79,7 +81,8 @@ class Method:
     """One way to merge. `entries` is the elementwise rule (T, ...) -> (...) of methods that have one.
 
     `space` is where it works, `exact` what it does to the weighted sum, `averages` whether only the ratio of weights
-    counts, `options` the fields of Options it reads, `lossless` whether the rank is by default left as large as needed.
+    counts, `positive` whether negative weights make no sense, `options` the fields of Options it reads, `lossless`
+    whether the rank is by default left as large as needed.
     """
 
     name: str
@@ -90,8 +93,12 @@ class Method:
     avoid: str
     options: frozenset[str] = frozenset()
     averages: bool = False
+    positive: bool = False
     lossless: bool = False
     entries: Callable[[Tensor, Task], Tensor] | None = None
+
+
+MERGES: Registry[Method] = Registry("adaptc.merges", "merge method")
 
 
 def in_canonical_core(entries: Callable[[Tensor, Task], Tensor]) -> Callable[[Task], InCore]:
@@ -117,4 +124,5 @@ def in_factors(rule: Callable[[Tensor, Tensor, Task, int], Tensor], task: Task) 
         v.append(w * p.scale)
     signed = torch.tensor(v, dtype=torch.float64, device=a[0].device)
     root = signed.abs().sqrt()
-    return Pair(rule(torch.stack(b), root, task, 1), rule(torch.stack(a), torch.where(signed < 0, -root, root), task, 0))
+    made_b = rule(torch.stack(b), root, task, 1)
+    return Pair(made_b, rule(torch.stack(a), torch.where(signed < 0, -root, root), task, 0))

@@ -29,7 +29,8 @@ def merge(task: Task) -> InCore:
 def polar(x: Tensor) -> Tensor:
     """Return P Q^T for the SVD x = P S Q^T: the nearest matrix with orthonormal columns. x: (p, k), k <= p."""
     p, _, qh = torch.linalg.svd(x, full_matrices=False)
-    return p @ qh
+    product: Tensor = p @ qh
+    return product
 
 
 METHOD = Method(

@@ -47,6 +47,7 @@ class Origin:
     `names` maps a parameter name to the module stem the file used, where it cannot be rebuilt from the parameter name
     (kohya's flattened names, prefixes of training wrappers). `layout` marks parameters whose module is no plain
     linear or convolution: "embedding", "experts". `notes` are facts found while reading, shown by `inspect`.
+    `container` is the id of the format that wraps the dialect, "" where there is none.
     """
 
     dialect: str
@@ -57,6 +58,7 @@ class Origin:
     names: Mapping[str, str] = field(default_factory=dict)
     layout: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
+    container: str = ""
 
 
 @dataclass(frozen=True, slots=True, eq=False)

@@ -14,6 +14,7 @@ from typing import Any, TypeAlias
 import torch
 from torch import Tensor
 
+from adaptc.coded import Coded
 from adaptc.errors import NeedsError
 from adaptc.factor import Factor, decoded, describe
 
@@ -250,9 +251,9 @@ class NeedsBase:
         return f"NeedsBase({self.kind}, {self.shape}, {parts}, inner={self.inner!r})"
 
 
-BaseFree: TypeAlias = LowRank | Dense | Kron | Hadamard | Sparse | Sum
+BaseFree: TypeAlias = LowRank | Dense | Kron | Hadamard | Sparse | Sum | Coded
 Delta: TypeAlias = BaseFree | NeedsBase
-KINDS: tuple[type, ...] = (LowRank, Dense, Kron, Hadamard, Sparse, Sum, NeedsBase)
+KINDS: tuple[type, ...] = (LowRank, Dense, Kron, Hadamard, Sparse, Sum, Coded, NeedsBase)
 
 
 def kind(delta: Delta) -> str:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
-from adaptc.delta import BaseFree, Dense, Hadamard, Kron, LowRank, Sum
+from adaptc.coded import Coded
+from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sum
+from adaptc.factor import Encoded, decoded
 
 
 def low_rank(delta: BaseFree) -> LowRank | None:
@@ -18,6 +22,9 @@ def low_rank(delta: BaseFree) -> LowRank | None:
     match delta:
         case LowRank():
             return delta
+        case Coded():
+            b, a, scale = delta.factors()
+            return LowRank(a, b, None, scale, delta.shape)
         case Kron():
             (b1, a1), (b2, a2) = _side(delta.left), _side(delta.right)
             return LowRank(torch.kron(a1, a2), torch.kron(b1, b2), None, delta.scale, delta.shape)
@@ -35,6 +42,21 @@ def low_rank(delta: BaseFree) -> LowRank | None:
                            delta.shape)
         case _:
             return None
+
+
+def plain(delta: Delta) -> Delta:
+    """Return `delta` with every code decoded: what dialects that hold plain tensors write."""
+    match delta:
+        case Coded():
+            b, a, scale = delta.factors()
+            return LowRank(a, b, None, scale, delta.shape)
+        case LowRank(a=a, b=b, core=core) if any(isinstance(f, Encoded) for f in (a, b, core)):
+            core = decoded(core) if core is not None else None
+            return LowRank(decoded(a), decoded(b), core, delta.scale, delta.shape)
+        case NeedsBase(inner=inner) if inner is not None:
+            return replace(delta, inner=plain(inner))  # type: ignore[arg-type]
+        case _:
+            return delta
 
 
 def _side(side: LowRank | Dense) -> tuple[Tensor, Tensor]:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from math import fsum, isfinite, sqrt
 
+from adaptc.coded import Coded
 from adaptc.delta import Delta, LowRank, NeedsBase, kind
 from adaptc.errors import FormatError
 from adaptc.measure import norm2, relative_error
@@ -36,7 +37,7 @@ def total_error(rows: Sequence[Row]) -> float:
 def rank_of(delta: Delta) -> int | None:
     """Return the stored rank of a delta, looking inside base-dependent ones; None where there is no rank."""
     inner = delta.inner if isinstance(delta, NeedsBase) else delta
-    return inner.rank if isinstance(inner, LowRank) else None
+    return inner.rank if isinstance(inner, (LowRank, Coded)) else None
 
 
 def energy_of(delta: Delta) -> float:

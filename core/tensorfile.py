@@ -53,6 +53,13 @@ class TensorFile(Mapping[str, Tensor]):
         for name, entry in header.items():
             self.info[name] = _entry(name, entry, path.name)
         self._start = 8 + length
+        # A container's payload is useful in part: the last tensor may be cut short, `cut` names it.
+        last = max(self.info, key=lambda n: self.info[n][3], default="")
+        short = "adaptc" in self.metadata and last.startswith("payload.") and self.info[last][0] == "U8"
+        self.cut: str | None = None
+        if short and self.info[last][2] <= size - self._start < self.info[last][3]:
+            self.cut = last
+            self.info[last] = ("U8", (size - self._start - self.info[last][2],), self.info[last][2], size - self._start)
         _check_ranges(self.info, size - self._start, path.name)
         self._mapped: Tensor | None = None
 
@@ -109,6 +116,8 @@ def check_name(name: str, file: str) -> None:
 
 
 def _metadata(value: Any, file: str) -> dict[str, str]:
+    if value is None:  # MLX writes null
+        return {}
     if not isinstance(value, dict) or not all(isinstance(v, str) for v in value.values()):
         raise FormatError(f"{file}: metadata is not a map of strings")
     try:

@@ -34,6 +34,7 @@ def save(adapter: Adapter, path: str | Path, *, dialect: str | None = None, forc
     from adaptc.formats.atomic import staged
 
     out, fmt = Path(path), writer(adapter, dialect)
+    adapter = fmt.storable(adapter)
     losses = fmt.cannot(adapter)
     if losses and not allow_loss:
         raise LossError(f"{fmt.title} cannot say everything this adapter holds: {'; '.join(losses)}", losses,
@@ -50,14 +51,15 @@ def is_folder(fmt: Format, out: Path) -> bool:
 
 def size_of(adapter: Adapter) -> int:
     """Return the exact bytes of `adapter` written in its own dialect, all files."""
-    return writer(adapter, None).size(adapter)
+    fmt = writer(adapter, None)
+    return fmt.size(fmt.storable(adapter))
 
 
 def writer(adapter: Adapter, dialect: str | None) -> Format:
     """Return the format that writes `adapter`: `dialect`, else its own, else PEFT for dialects that are read only."""
     from adaptc.registry import FORMATS
 
-    fmt: Format = FORMATS.get(dialect or adapter.origin.dialect)()
+    fmt: Format = FORMATS.get(dialect or adapter.origin.container or adapter.origin.dialect)()
     if fmt.writes or dialect:
         return fmt
     plain: Format = FORMATS.get("peft")()

@@ -7,13 +7,14 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import Any, ClassVar
 
 from torch import Tensor
 
 from adaptc.adapter import Adapter, Step
 from adaptc.errors import UnsupportedError, UsageError
 from adaptc.formats.source import Source
+from adaptc.lowrank import plain
 from adaptc.tensorfile import header_of, write_tensors
 
 HISTORY_KEY = "adaptc.history"
@@ -53,6 +54,10 @@ class Format(ABC):
     id: ClassVar[str]
     title: ClassVar[str]
     writes: ClassVar[str] = "file"  # "file", "folder", or "" for read only
+
+    def storable(self, adapter: Adapter) -> Adapter:
+        """Return the adapter as this dialect stores it: codes decoded, unless the dialect holds codes."""
+        return adapter.map(lambda _, d: plain(d))
 
     @abstractmethod
     def sniff(self, source: Source) -> Evidence | None:
@@ -98,8 +103,12 @@ def history_metadata(adapter: Adapter) -> dict[str, str]:
     """Return the history as safetensors metadata, {} for an untouched adapter."""
     if not adapter.history:
         return {}
-    steps = [asdict(s) | {"error": None if s.error is None else float(f"{s.error:.6g}")} for s in adapter.history]
-    return {HISTORY_KEY: json.dumps(steps, separators=(",", ":"))}
+    return {HISTORY_KEY: json.dumps(history_steps(adapter), separators=(",", ":"))}
+
+
+def history_steps(adapter: Adapter) -> list[dict[str, Any]]:
+    """Return the history as JSON values, errors to six digits, so that its length is known before it is."""
+    return [asdict(s) | {"error": None if s.error is None else float(f"{s.error:.6g}")} for s in adapter.history]
 
 
 def read_history(metadata: Mapping[str, str]) -> tuple[Step, ...]:

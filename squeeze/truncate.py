@@ -12,6 +12,7 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter, Step
 from adaptc.base import Base
+from adaptc.coded import Coded
 from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sum
 from adaptc.errors import FormatError, UsageError
 from adaptc.factor import decoded
@@ -83,7 +84,7 @@ class Truncate(Pass):
             return delta.kind == "dora" and isinstance(delta.inner, LowRank)
         if isinstance(delta, (Dense, Sum)):
             return len(delta.shape) > 1
-        return isinstance(delta, (LowRank, Kron, Hadamard))
+        return isinstance(delta, (LowRank, Kron, Hadamard, Coded))
 
     def plan(self, adapter: Adapter, ctx: Context) -> Mapping[str, Setting]:
         """Return the rank of every module; spectra are only computed where the goal needs them."""

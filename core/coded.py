@@ -17,7 +17,10 @@ class JointCode(Protocol):
     """
 
     id: ClassVar[str]
-    modules: Mapping[str, tuple[int, int]]
+
+    @property
+    def modules(self) -> Mapping[str, tuple[int, int]]:
+        """The modules in order: name -> (out, in)."""
 
     @property
     def streams(self) -> Mapping[str, Tensor]:

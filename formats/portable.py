@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, ClassVar
 
-from adaptc.adapter import Adapter, Origin
+from adaptc.adapter import Adapter
 from adaptc.errors import FormatError
 from adaptc.formats.format import Content, Evidence, Format, TensorsFile
 from adaptc.formats.portable_read import MANIFEST, read_adapter
@@ -59,5 +59,3 @@ def is_container(path: Path) -> bool:
     """Return whether a file carries a manifest, looking at its header only."""
     return path.is_file() and path.suffix == ".safetensors" and MANIFEST in TensorFile(path).metadata
 
-
-__all__ = ["FILE", "MANIFEST", "Origin", "Portable", "is_container"]

@@ -25,6 +25,7 @@ MANIFEST = "adaptc"
 # Checksums of tensors up to this size are checked whenever a file is opened; `adaptc verify` checks them all.
 CHECKED_AT_OPEN = 16 * 2**20
 MAX_ORIGIN = 64 * 2**20
+_MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError)
 
 
 def read_adapter(file: TensorFile, name: str, files: Mapping[str, int]) -> Adapter:
@@ -33,7 +34,7 @@ def read_adapter(file: TensorFile, name: str, files: Mapping[str, int]) -> Adapt
         return _read(file, files)
     except AdaptcError as e:
         raise type(e)(f"{name}: {e}", hint=e.hint) from e
-    except (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError) as e:
+    except _MALFORMED as e:
         raise FormatError(f"{name}: manifest is malformed ({type(e).__name__}: {e})") from e
 
 
@@ -46,7 +47,7 @@ def manifest_of(file: TensorFile) -> dict[str, Any]:
     if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
         raise FormatError("manifest has no format version")
     if manifest["format"] > VERSION:
-        raise FormatError(f"container format {manifest['format']} is newer than {VERSION}, the newest this version reads",
+        raise FormatError(f"container format {manifest['format']} is newer than {VERSION}, the newest read here",
                           hint="upgrade adaptc")
     return manifest
 
@@ -149,7 +150,10 @@ def _delta(form: Mapping[str, Any], held: list[Tensor], scales: list[float]) -> 
     """Return the delta of a form. Shapes are checked against the tensors."""
     kind, shape = form["kind"], _shape(form["shape"])
     scale = scales[form["scale"]] if "scale" in form else 1.0
-    part = lambda name: _delta(form[name], held, scales)
+
+    def part(name: str) -> Any:
+        return _delta(form[name], held, scales)
+
     match kind:
         case "lowrank":
             a, b = _factor(form["a"], held), _factor(form["b"], held)
@@ -185,8 +189,9 @@ def _factor(value: Any, held: list[Tensor]) -> Factor:
     if isinstance(value, int):
         return held[value]
     streams = {k: held[v] for k, v in value["streams"].items()}
-    CODECS.get(str(value["codec"]))
-    return Encoded(str(value["codec"]), value["config"], streams, torch.Size(_shape(value["shape"])), DTYPES[value["dtype"]])
+    codec, shape = str(value["codec"]), torch.Size(_shape(value["shape"]))
+    CODECS.get(codec)
+    return Encoded(codec, value["config"], streams, shape, DTYPES[value["dtype"]])
 
 
 def _check_low_rank(d: LowRank) -> None:

@@ -6,14 +6,14 @@ import hashlib
 import json
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from collections.abc import Mapping, Sequence
+from dataclasses import fields
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.adapter import Adapter, Rows
+from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.coded import Coded, JointCode
 from adaptc.delta import Delta, LowRank
 from adaptc.errors import UnsupportedError
@@ -84,7 +84,8 @@ def _templates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, list[in
     return [(t, list(shape)) for shape, names in by_shape.items() for t in pack_names(names)]
 
 
-def _code(i: int, code: JointCode, names: Sequence[str], adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Any]:
+def _code(i: int, code: JointCode, names: Sequence[str], adapter: Adapter, tensors: dict[str, Tensor]
+          ) -> dict[str, Any]:
     for stream, t in code.streams.items():
         tensors[f"{stream}.{i}"] = t
     entry: dict[str, Any] = {"codec": code.id, "modules": _templates({k: adapter.deltas[k].shape for k in names})}
@@ -160,22 +161,17 @@ def _carried(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Any]:
 
     replaced: dict[str, Any] = {}
     for key, value in adapter.replaced.items():
-        rows = isinstance(value, Rows)
-        replaced[key] = {"rows": list(value.indices), "values": put(value.values)} if rows else put(value)  # type: ignore[union-attr, arg-type]
+        if isinstance(value, Rows):
+            replaced[key] = {"rows": list(value.indices), "values": put(value.values)}
+        else:
+            replaced[key] = put(value)
     return {"replaced": replaced, "extra": {key: put(t) for key, t in adapter.extra.items()}}
 
 
 def _origin(adapter: Adapter) -> Tensor:
     """Return what the original dialect said, verbatim: deflated JSON as bytes. Identity fields are left out."""
-    said = {k: v for k, v in asdict_plain(adapter.origin).items() if k not in ("base_model", "container") and v}
+    said = {f.name: getattr(adapter.origin, f.name) for f in fields(Origin)}
+    said = {k: v for k, v in said.items() if k not in ("base_model", "container") and v}
     text = json.dumps(said, separators=(",", ":"), default=list).encode()
     return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
 
-
-def asdict_plain(value: Any) -> dict[str, Any]:
-    """Return a dataclass as a dict one level deep."""
-    get: Callable[[Any], dict[str, Any]] = lambda v: {f: getattr(v, f) for f in v.__dataclass_fields__}
-    return get(value)
-
-
-__all__ = ["FACTORS", "PARTS", "VERSION", "asdict", "describe", "digest", "manifest_and_tensors"]

@@ -35,7 +35,7 @@ class Directions:
 
     @classmethod
     def encode(cls, factors: Mapping[str, tuple[Tensor, Tensor, float]]) -> Directions:
-        """Encode name -> (b (m, k), a (k, n), scale), all of one dtype: chunks by falling s^2 |b_j|^2 |a_j|^2 a byte."""
+        """Encode name -> (b (m, k), a (k, n), scale), one dtype: chunks by falling s^2 |b_j|^2 |a_j|^2 a byte."""
         pairs = [(b, a) for b, a, _ in factors.values()]
         shapes = {name: (b.shape[0], a.shape[1]) for name, (b, a, _) in factors.items()}
         scales = tuple(s for _, _, s in factors.values())
@@ -44,7 +44,8 @@ class Directions:
         if meta:  # only the size is asked for
             order = np.array(where, np.uint16).reshape(-1, 2)
             size = sum(sum(shape) * b.shape[1] for shape, (b, _) in zip(shapes.values(), pairs, strict=True))
-            return cls(shapes, dtype, scales, order, torch.empty(size * dtype.itemsize, dtype=torch.uint8, device="meta"))
+            payload = torch.empty(size * dtype.itemsize, dtype=torch.uint8, device="meta")
+            return cls(shapes, dtype, scales, order, payload)
         gains = [b.double().square().sum(0) * a.double().square().sum(1) * s * s / (b.shape[0] + a.shape[1])
                  for b, a, s in factors.values()]
         by_gain = torch.argsort(torch.cat(gains), descending=True, stable=True).tolist()

@@ -41,10 +41,11 @@ class Truncate(Pass):
     """Keep the best rank-k part of every low-rank, Kronecker, Hadamard or dense delta (Eckart-Young, from factors).
 
     One of `rank`, `energy` (per module, smallest k that keeps this share of ||dW||^2), `max_error` (per module, the
-    smallest k with relative error below it), or `size` (bytes of the whole file, spent over all modules and directions by error
-    removed per byte). None of them: ranks stay and only `dtype` changes. The result has scale 1, sqrt(sigma) on both
-    factors. `method` "exact" is the SVD of the core; "rsvd" the randomised one of LoRA-Squeeze (arXiv 2602.10993).
-    `fit` "vllm" rounds ranks up to those vLLM has buffers for. Deltas that would not get smaller are left alone.
+    smallest k with relative error below it), or `size` (bytes of the whole file, spent over all modules and directions
+    by error removed per byte). None of them: ranks stay and only `dtype` changes. The result has scale 1, sqrt(sigma)
+    on both factors. `method` "exact" is the SVD of the core; "rsvd" the randomised one of LoRA-Squeeze (arXiv
+    2602.10993). `fit` "vllm" rounds ranks up to those vLLM has buffers for. Deltas that would not get smaller are left
+    alone.
     """
 
     name: ClassVar[str] = "truncate"

@@ -33,7 +33,8 @@ def account(voice: Voice, opened: Opened, outcome: Outcome, target: Target, nbyt
         "bytes": {"before": opened.nbytes, "after": nbytes}, "ratio": ratio, "error": outcome.error,
         "modules": [_row(r) for r in rows], "carried": list(carried), "notes": notes, "losses": list(losses),
     }
-    change = f"{ratio:.3g}x smaller" if ratio >= 1 else f"{1 / ratio:.3g}x larger"
+    near = 0.995 < ratio < 1.005
+    change = "same size" if near else f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
     verb = "wrote" if written else "would write"
     last = (f"{verb} {target.shown}: {print_nbytes(nbytes)}, was {print_nbytes(opened.nbytes)} ({change}), "
             f"relative error {number(outcome.error)}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import click
@@ -56,14 +57,16 @@ def command(source: str, output: str | None, to: str | None, dry_run: bool, alph
     from adaptc.spec import build
 
     wanted = {k: v for k, v in given.items() if v not in (None, ())}
+    if not {*_GOALS, "dtype"} & set(wanted):
+        raise click.UsageError("nothing to do: give --rank, --energy, --max-error or --size, or a --dtype to cast to")
     if wanted["method"] == "exact":
         wanted = {k: v for k, v in wanted.items() if k not in ("oversample", "power", "seed")}
     step = build("truncate", wanted)
     opened = open_adapter(source, alpha, dialect)
     place = target(opened, output, _tag(wanted), to, force)
+    ctx = Context(open_base(base), jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
-        ctx = Context(open_base(base), jobs=jobs, device=device, progress=progress, size_of=place.size_of)
-        outcome = step(opened.adapter, ctx)
+        outcome = step(opened.adapter, replace(ctx, progress=progress))
         losses = place.losses(outcome.adapter, allow_loss)
     nbytes = place.size_of(outcome.adapter) if dry_run else place.write(outcome.adapter)
     account(voice, opened, outcome, place, nbytes, not dry_run, losses)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -64,14 +64,14 @@ def _blocks(opened: Opened, modules: Sequence[Module], voice: Voice) -> list[Blo
     from adaptc.squeeze.inspection import energy_kept
 
     adapter, origin = opened.adapter, opened.adapter.origin
-    said = ", ".join(f"{k} {v}" for k in _CONFIG if (v := origin.config.get(k)) not in (None, False, True, {}, []))
-    switches = ", ".join(k for k in _CONFIG if origin.config.get(k) is True and k != "init_lora_weights")
+    said = ", ".join(_said(k, v) for k in _CONFIG if (v := origin.config.get(k)) not in (None, False, {}, [])
+                     and (k, v) != ("init_lora_weights", True))
     files = ", ".join(f"{name} {print_nbytes(n)}" for name, n in opened.files.items())
     carried = {**adapter.replaced, **adapter.extra}
     held = print_nbytes(sum(t.nbytes for t in carried.values()))
     facts = Facts([
         ("dialect", f"{opened.format.title} ({opened.evidence.reason})"), ("base", origin.base_model), ("files", files),
-        ("config", ", ".join(p for p in (said, switches) if p)), ("modules", str(len(modules))),
+        ("config", said), ("modules", str(len(modules))),
         ("carried", f"{count(carried, 'tensor')}, {held} ({listed(list(carried))})" if carried else None),
         *(("history", _step(s)) for s in adapter.history),
     ])
@@ -80,6 +80,15 @@ def _blocks(opened: Opened, modules: Sequence[Module], voice: Voice) -> list[Blo
                      [["energy kept", *(_percent(energy_kept(modules, k)) for k in ranks)]] if len(ranks) > 1 else [])
     return [facts, _table(modules, voice.verbose), energies, Notes(_flags(modules, voice.verbose), wrong=True),
             Notes(list(origin.notes))]
+
+
+def _said(option: str, value: Any) -> str:
+    """Return a config entry in short: a switch by its name, a list by its items, a map by its size."""
+    if value is True:
+        return option
+    if isinstance(value, Mapping):
+        return f"{option} of {len(value)}"
+    return f"{option} {'+'.join(map(str, value)) if isinstance(value, list) else value}"
 
 
 def _table(modules: Sequence[Module], each: bool) -> Table:
@@ -94,7 +103,7 @@ def _table(modules: Sequence[Module], each: bool) -> Table:
                      print_nbytes(sum(m.nbytes for m in some)), spread([m.effective_rank for m in some]),
                      spread([m.rank_for(0.9) for m in some]), spread([m.rank_for(0.99) for m in some])))
     return Table(("module", ">count", "kind", "shape", ">rank", ">scale", ">alpha", "dtype", ">bytes", ">effective",
-                  ">90%", ">99%"), rows)
+                  ">90%", ">99%"), rows, spare=("kind", "dtype", "alpha", "shape", "90%"))
 
 
 def _dtypes(dtypes: Sequence[str]) -> str:

@@ -31,6 +31,7 @@ def check_plot(plot: str, force: bool) -> None:
 def draw(modules: Sequence[Module], plot: str, force: bool, opened: Opened) -> None:
     """Draw singular values and the energy kept at every rank, one colour a layer type, whole or not at all."""
     from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
 
     known = [m for m in modules if m.spectrum and m.energy]
     if not known:
@@ -50,6 +51,8 @@ def draw(modules: Sequence[Module], plot: str, force: bool, opened: Opened) -> N
     values.set(xlabel="singular direction", ylabel="singular value / largest", title="Spectrum of every dW")
     kept.set(xlabel="rank kept", ylabel="share of ||dW||\u00b2", title="Energy kept by truncation", ylim=(0, 1.02))
     kept.axhline(0.99, color="0.6", linewidth=0.8, linestyle="--")
+    for axes in (values, kept):
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     values.legend(fontsize="small", frameon=False)
     figure.suptitle(f"{opened.name}, {opened.format.title}, {len(modules)} modules", fontsize="medium")
     with staged(Path(plot), force=force, inputs=opened.inputs) as temp:

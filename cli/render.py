@@ -17,11 +17,15 @@ from adaptc.errors import one_line
 
 @dataclass(frozen=True)
 class Table:
-    """Columns (a title that starts with ">" is set to the right), rows of text, and a last row of totals."""
+    """Columns (a title that starts with ">" is set to the right), rows of text, and a last row of totals.
+
+    `spare` names columns that a narrow terminal does without, the least missed first.
+    """
 
     columns: Sequence[str]
     rows: Sequence[Sequence[str]]
     total: Sequence[str] | None = None
+    spare: Sequence[str] = ()
 
 
 @dataclass(frozen=True)
@@ -116,59 +120,69 @@ def _empty(block: Block) -> bool:
     return not (block.lines if isinstance(block, Notes) else block.pairs if isinstance(block, Facts) else block)
 
 
-def _show_text(blocks: Sequence[Block]) -> None:
+def _spaced(blocks: Sequence[Block]) -> Iterator[tuple[bool, Block]]:
+    """Yield every block with whether an empty line goes before it."""
     for at, block in enumerate(blocks):
-        if at and not (isinstance(block, Notes) and isinstance(blocks[at - 1], Notes)):
+        yield at > 0 and not (isinstance(block, Notes) and isinstance(blocks[at - 1], Notes)), block
+
+
+def _cells(table: Table, width: int | None = None) -> tuple[list[str], list[list[str]], list[str] | None]:
+    """Return titles, rows and total as printable text; `width` drops spare columns until the table fits."""
+    rows = [list(table.columns), *(map(one_line, row) for row in table.rows), *([table.total] if table.total else [])]
+    columns = [list(column) for column in zip(*rows, strict=True)]
+    for spare in table.spare:
+        if width is not None and sum(max(map(len, c)) + 2 for c in columns) > width:
+            columns = [c for c in columns if c[0].lstrip(">") != spare]
+    titles, *body = (list(row) for row in zip(*columns, strict=True))
+    return titles, body[: len(table.rows)], body[-1] if table.total else None
+
+
+def _show_text(blocks: Sequence[Block]) -> None:
+    for spaced, block in _spaced(blocks):
+        if spaced:
             click.echo()
         if isinstance(block, Table):
-            _table_text(block)
+            titles, rows, total = _cells(block)
+            body = [[t.lstrip(">") for t in titles], *rows, *([total] if total else [])]
+            widths = [max(map(len, column)) for column in zip(*body, strict=True)]
+            for row in body:
+                cells = (c.rjust(w) if t[0] == ">" else c.ljust(w) for c, w, t in zip(row, widths, titles, strict=True))
+                click.echo("  ".join(cells).rstrip())
         elif isinstance(block, Facts):
             known = [(label, value) for label, value in block.pairs if value]
-            width = max((len(label) for label, _ in known), default=0)
+            width = max(len(label) for label, _ in known)
             for label, value in known:
                 click.echo(f"{label:<{width}}  {one_line(value)}")
         else:
-            for line in block.lines if isinstance(block, Notes) else block.split("\n"):
-                click.echo(_noted(block) + one_line(line))
+            for line in block.lines if isinstance(block, Notes) else [block]:
+                click.echo(_mark(block) + one_line(line))
 
 
-def _noted(block: Block) -> str:
-    return ("! " if block.wrong else "- ") if isinstance(block, Notes) else ""
-
-
-def _table_text(table: Table) -> None:
-    titles = [c.removeprefix(">") for c in table.columns]
-    rows = [*table.rows, table.total] if table.total else table.rows
-    body = [titles, *([one_line(cell) for cell in row] for row in rows)]
-    widths = [max(map(len, column)) for column in zip(*body, strict=True)]
-    right = [c.startswith(">") for c in table.columns]
-    for row in body:
-        cells = (c.rjust(w) if r else c.ljust(w) for c, w, r in zip(row, widths, right, strict=True))
-        click.echo("  ".join(cells).rstrip())
+def _mark(block: Notes | str) -> str:
+    return "" if isinstance(block, str) else "! " if block.wrong else "- "
 
 
 def _show_rich(blocks: Sequence[Block]) -> None:
     from rich.box import SIMPLE_HEAD
     from rich.console import Console
-    from rich.padding import Padding
     from rich.table import Table as Grid
     from rich.text import Text
 
     console = Console(highlight=False)
-    for at, block in enumerate(blocks):
-        if at and not isinstance(block, Table) and not isinstance(blocks[at - 1], (Table, type(block))):
+    for spaced, block in _spaced(blocks):
+        if spaced:
             console.print()
         if isinstance(block, Table):
-            grid = Grid(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_footer=False)
-            for title in block.columns:
+            titles, rows, total = _cells(block, console.width)
+            grid = Grid(box=SIMPLE_HEAD, header_style="bold", pad_edge=False, show_edge=False, padding=(0, 1, 0, 0))
+            for title in titles:
                 right = title.startswith(">")
-                grid.add_column(title.removeprefix(">"), justify="right" if right else "left", no_wrap=right,
-                                overflow="fold")
-            for row in block.rows:
-                grid.add_row(*(Text(one_line(cell)) for cell in row))
-            if block.total:
+                grid.add_column(title.lstrip(">"), justify="right" if right else "left", no_wrap=right, overflow="fold")
+            for row in rows:
+                grid.add_row(*map(Text, row))
+            if total:
                 grid.add_section()
-                grid.add_row(*(Text(one_line(cell), style="bold") for cell in block.total))
+                grid.add_row(*(Text(cell, style="bold") for cell in total))
             console.print(grid)
         elif isinstance(block, Facts):
             facts = Grid.grid(padding=(0, 2))
@@ -178,9 +192,9 @@ def _show_rich(blocks: Sequence[Block]) -> None:
                     facts.add_row(label, Text(one_line(value)))
             console.print(facts)
         else:
-            style = ("bold red" if block.wrong else "dim") if isinstance(block, Notes) else "bold"
-            for line in block.lines if isinstance(block, Notes) else block.split("\n"):
-                console.print(Padding(Text(_noted(block) + one_line(line), style=style), (0, 0)))
+            style = "bold" if isinstance(block, str) else "red" if block.wrong else "dim"
+            for line in block.lines if isinstance(block, Notes) else [block]:
+                console.print(Text(_mark(block) + one_line(line), style=style))
 
 
 def _plain(value: Any) -> Any:

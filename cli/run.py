@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import click
 
 from adaptc.cli.options import example, input_argument, reading, speaking, working, writing
@@ -36,9 +38,9 @@ def command(recipe: str, source: str, output: str, to: str | None, dry_run: bool
     pipeline = read_recipe(recipe)
     opened = open_adapter(source, alpha, dialect)
     place = target(opened, output, "", to, force)
+    ctx = Context(open_base(base), jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
-        ctx = Context(open_base(base), jobs=jobs, device=device, progress=progress, size_of=place.size_of)
-        outcome = pipeline(opened.adapter, ctx)
+        outcome = pipeline(opened.adapter, replace(ctx, progress=progress))
         losses = place.losses(outcome.adapter, allow_loss)
     nbytes = place.size_of(outcome.adapter) if dry_run else place.write(outcome.adapter)
     account(voice, opened, outcome, place, nbytes, not dry_run, losses)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -60,13 +61,13 @@ class Base(Mapping[str, Tensor]):
         return self._where[name][name]
 
     def weight(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        """Return parameter `key` in logical orientation (out, in, ...). Raises FormatError when `shape` cannot match."""
+        """Return parameter `key` in logical orientation (out, in, ...). Raises FormatError if `shape` cannot fit."""
         w = self[key]
         stored = tuple(w.shape)
         conv1d = self.config.get("model_type") in _CONV1D_FAMILIES and key.split(".")[-2] in _CONV1D_MODULES
-        if len(stored) == 2 and (conv1d or (stored != shape and stored == shape[::-1])):
+        if len(stored) == 2 and (conv1d or (not _fits(stored, shape) and _fits(stored[::-1], shape))):
             w, stored = w.T, stored[::-1]
-        if stored != shape:
+        if not _fits(stored, shape):
             raise FormatError(f"{key}: base weight has shape {stored}, the adapter was made for {shape}")
         return w
 
@@ -75,3 +76,9 @@ class Base(Mapping[str, Tensor]):
 
     def __len__(self) -> int:
         return len(self._where)
+
+
+def _fits(stored: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    if len(shape) == 2 < len(stored):
+        stored = (stored[0], math.prod(stored[1:]))
+    return len(stored) == len(shape) and all(want in (0, have) for have, want in zip(stored, shape, strict=True))

@@ -2,27 +2,50 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
+from dataclasses import replace
 
-import torch
 from torch import Tensor
 
-from adaptc.delta import BaseFree, Dense, NeedsBase
+from adaptc import resolve_rotation, resolve_scaled, resolve_shape, resolve_spectral
+from adaptc.adapter import Adapter
+from adaptc.base import Base
+from adaptc.delta import BaseFree, Delta, NeedsBase
+from adaptc.errors import AdaptcError
+
+Resolver = Callable[[NeedsBase, Tensor], BaseFree]
+
+RESOLVERS: dict[str, Resolver] = {
+    "dora": resolve_scaled.dora, "ia3": resolve_scaled.ia3, "hira": resolve_scaled.hira, "glora": resolve_scaled.glora,
+    "glora_bias": resolve_scaled.glora_bias, "peanut": resolve_scaled.peanut, "miss_bat": resolve_scaled.miss_bat,
+    "oft": resolve_rotation.oft, "boft": resolve_rotation.boft, "hra": resolve_rotation.hra,
+    "road": resolve_rotation.road,
+    "pissa": resolve_spectral.pissa, "olora": resolve_spectral.olora, "kasa": resolve_spectral.kasa,
+    "osf": resolve_spectral.osf, "psoft": resolve_spectral.psoft, "deft": resolve_spectral.deft,
+    "frod": resolve_spectral.frod,
+    "vera": resolve_shape.vera, "randlora": resolve_shape.randlora, "fourierft": resolve_shape.fourierft,
+    "waveft": resolve_shape.waveft, "sparse": resolve_shape.sparse, "miss": resolve_shape.miss,
+}
+# Kinds that need W0 for nothing but its shape.
+SHAPE_ONLY = frozenset({"vera", "randlora", "fourierft", "waveft", "sparse", "miss"})
 
 
-def dora(delta: NeedsBase, w0: Tensor) -> BaseFree:
-    """W' = (m / ||V||) o V with V = W0 + dW; the norm runs over every dim but 0 (config axis 1: but 1).
+def resolved(adapter: Adapter, base: Base, keep: Collection[str] = ()) -> Adapter:
+    """Return `adapter` with every base-dependent delta turned into W' - W0, except the kinds in `keep`.
 
-    DoRA, arXiv 2402.09353. m: `magnitude`, (out,) in any broadcast shape.
+    A delta whose config says optional (the bias of a module that may have none) is dropped where the base lacks the
+    parameter; config "with" names other base parameters a resolver reads. Raises NeedsError for parameters the base
+    does not have, FormatError for shapes that do not fit, each naming the parameter.
     """
-    if delta.inner is None:
-        raise ValueError("dora without a direction")
-    w0 = w0.double()
-    v = w0 + delta.inner.dense()
-    axis = int(delta.config.get("axis", 0))
-    over = [d for d in range(v.dim()) if d != axis]
-    m = delta.tensors["magnitude"].double().reshape([-1 if d == axis else 1 for d in range(v.dim())])
-    return Dense(m / torch.linalg.vector_norm(v, dim=over, keepdim=True) * v - w0, 1.0, delta.shape)
-
-
-RESOLVERS: dict[str, Callable[[NeedsBase, Tensor], BaseFree]] = {"dora": dora}
+    deltas: dict[str, Delta] = {}
+    for key, delta in adapter.deltas.items():
+        if not isinstance(delta, NeedsBase) or delta.kind in keep:
+            deltas[key] = delta
+        elif not delta.config.get("optional") or base.name_of(key) is not None:
+            try:
+                others = {name: base[param] for name, param in delta.config.get("with", {}).items()}
+                bound = replace(delta, tensors={**delta.tensors, **others})
+                deltas[key] = bound.resolve(base.weight(key, delta.shape))
+            except AdaptcError as e:
+                raise type(e)(str(e) if key in str(e) else f"{key}: {e}", hint=e.hint) from e
+    return adapter.with_deltas(deltas)

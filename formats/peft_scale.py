@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
+import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from adaptc.errors import FormatError
@@ -47,25 +48,42 @@ def rules(modules: Mapping[str, tuple[int, float]], config: Mapping[str, Any]) -
     """Return the config fields that give every module its (rank, scale): r, lora_alpha, patterns, use_rslora.
 
     Rules of `config` that already say so are returned unchanged. Otherwise r is the largest rank (what vLLM reads),
-    alpha = scale * r is never rounded, rsLoRA is folded away, and patterns are full module paths, longest first so
-    that no path is taken for the tail of another.
+    alpha = scale * r is never rounded, rsLoRA is folded away, and patterns are full module paths. Where one path is
+    the tail of another, or holds regular-expression characters, patterns are anchored and escaped.
     """
     fields = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora")
-    if config.get("r") is not None and _says(modules, config):
+    if config.get("r") is not None and says(modules, config):
         return {f: config[f] for f in fields if f in config}
     r = max((k for k, _ in modules.values()), default=1)
+    # the commonest scale, not the commonest alpha: after a truncation ranks differ and scales are all 1
     common = Counter(s for _, s in modules.values()).most_common(1)
     s = common[0][0] if common else 1.0
-    longest = sorted(modules, key=lambda m: (-len(m), m))
-    ranks = {m: modules[m][0] for m in longest if modules[m][0] != r}
-    alphas = {m: _tidy(modules[m][1] * modules[m][0]) for m in longest if modules[m][1] * modules[m][0] != s * r}
-    return {"r": r, "lora_alpha": _tidy(s * r), "rank_pattern": ranks, "alpha_pattern": alphas, "use_rslora": False}
+    rest = {m: (k, f) for m, (k, f) in modules.items() if k != r or f * k != s * r}
+    name = (lambda m: f"^{re.escape(m)}") if _ambiguous(rest, modules) else (lambda m: m)
+    return {"r": r, "lora_alpha": _tidy(s * r), "use_rslora": False,
+            "rank_pattern": {name(m): k for m, (k, _) in rest.items() if k != r},
+            "alpha_pattern": {name(m): _tidy(f * k) for m, (k, f) in rest.items() if f * k != s * r}}
 
 
-def _says(modules: Mapping[str, tuple[int, float]], config: Mapping[str, Any]) -> bool:
-    """Return whether `config` gives exactly these ranks and scales."""
+def _ambiguous(patterns: Iterable[str], modules: Iterable[str]) -> bool:
+    """Return whether a path taken as a pattern fits any other module: as its tail, or through a wildcard dot."""
+    by_end: dict[tuple[int, str], list[str]] = {}
+    for p in patterns:
+        if re.fullmatch(r"[\w.-]+", p) is None:
+            return True
+        by_end.setdefault((len(p), p.rpartition(".")[2]), []).append(p)
+    for module in modules:
+        for (length, end), group in by_end.items():
+            whole = length == len(module) or (length < len(module) and module[-length - 1] == ".")
+            if whole and module.endswith(end) and any(p != module and fits(p, module) for p in group):
+                return True
+    return False
+
+
+def says(modules: Mapping[str, tuple[int, float]], config: Mapping[str, Any]) -> bool:
+    """Return whether `config` gives exactly these ranks, and these scales up to the rounding of one division."""
     try:
-        return all(scale(config, m, rank) == s for m, (rank, s) in modules.items())
+        return all(math.isclose(scale(config, m, rank), s, rel_tol=1e-15) for m, (rank, s) in modules.items())
     except FormatError:
         return False
 

@@ -120,7 +120,7 @@ def _refusal(key: str, delta: Delta) -> str | None:
         return "has a name, and only the base model tells its number"
     if isinstance(delta, NeedsBase):
         return f"{delta.kind} has no key"
-    if not has_factors(delta) or (isinstance(delta, LowRank) and delta.b.dim() != 2):
+    if not has_factors(delta) or (isinstance(delta, LowRank) and len(delta.b.shape) != 2):
         return f"{type(delta).__name__.lower()} delta has no low-rank factors"
     return None
 

@@ -82,7 +82,7 @@ def _refusal(key: str, delta: Delta, adapter: Adapter, names: Mapping[str, str])
         return f"{delta.kind} changes the base weight"
     if isinstance(delta, NeedsBase) and delta.config.get("axis", 0) != 0 and adapter.origin.dialect != "diffusers":
         return "DoRA over columns has no key"
-    if layout in ("embedding", "experts") or (isinstance(inner, LowRank) and inner.b.dim() != 2):
+    if layout in ("embedding", "experts") or (isinstance(inner, LowRank) and len(inner.b.shape) != 2):
         return f"{layout or 'a stack of experts'} is no linear layer or convolution"
     assert inner is not None
     if leaf == "bias":

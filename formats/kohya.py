@@ -118,7 +118,7 @@ class Kohya(Format):
             return "is not the weight or bias of a module"
         if ":" in module:
             return "is numbered in the base model's order, its module name needs the base"
-        if layout == "embedding" or (isinstance(inner, LowRank) and inner.b.dim() != 2):
+        if layout == "embedding" or (isinstance(inner, LowRank) and len(inner.b.shape) != 2):
             return f"{layout.partition(':')[0] or 'stack of experts'} is no linear layer or convolution"
         assert inner is not None
         return self.unwritable(leaf, inner)

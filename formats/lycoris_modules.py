@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 from torch import Tensor
 
-from adaptc.delta import Delta, Dense, Hadamard, Kron, LowRank
+from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank
 from adaptc.errors import FormatError, UnsupportedError
 from adaptc.factor import decoded
 from adaptc.formats import tucker
@@ -58,7 +58,8 @@ def read_module(stem: str, tensors: Mapping[str, Tensor]) -> Module:
         if bias is None:
             raise FormatError(f"{stem}: {', '.join(tensors)} without any factors, half an adapter")
         return Module(None, change, norm)
-    readers = {"lora": read_lora, "hada": _read_loha, "lokr": _read_lokr, "diff": _read_diff, "norm": _read_diff}
+    readers: dict[str, Callable[[str, Mapping[str, Tensor]], BaseFree]] = {
+        "lora": read_lora, "hada": _read_loha, "lokr": _read_lokr, "diff": _read_diff, "norm": _read_diff}
     weight = readers[kinds[0]](stem, tensors)
     return Module(with_dora(stem, weight, tensors.get(DORA)), change, norm)
 

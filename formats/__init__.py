@@ -60,7 +60,7 @@ def writer(adapter: Adapter, dialect: str | None) -> Format:
     from adaptc.registry import FORMATS
 
     fmt: Format = FORMATS.get(dialect or adapter.origin.container or adapter.origin.dialect)()
-    if fmt.writes or dialect:
+    if dialect or (fmt.writes and not fmt.exact_only):
         return fmt
     plain: Format = FORMATS.get("peft")()
     return plain

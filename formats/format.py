@@ -13,6 +13,7 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter, Step
 from adaptc.errors import UnsupportedError, UsageError
+from adaptc.formats.parts import joined
 from adaptc.formats.source import Source
 from adaptc.lowrank import plain
 from adaptc.tensorfile import header_of, write_tensors
@@ -22,7 +23,9 @@ HISTORY_KEY = "adaptc.history"
 
 @dataclass(frozen=True, slots=True)
 class Evidence:
-    """Why a file is taken for a dialect. `strength`: 3 a declaration in the file, 2 unmistakable keys, 1 a guess."""
+    """Why a file is taken for a dialect. `strength`: 4 tensors that contradict the declaration beside them,
+    3 a declaration in the file, 2 unmistakable keys, 1 a guess.
+    """
 
     strength: int
     reason: str
@@ -54,10 +57,11 @@ class Format(ABC):
     id: ClassVar[str]
     title: ClassVar[str]
     writes: ClassVar[str] = "file"  # "file", "folder", or "" for read only
+    exact_only: ClassVar[bool] = False  # written when asked for by name; anything changed goes to PEFT
 
     def storable(self, adapter: Adapter) -> Adapter:
-        """Return the adapter as this dialect stores it: codes decoded, unless the dialect holds codes."""
-        return adapter.map(lambda _, d: plain(d))
+        """Return the adapter as this dialect stores it: codes decoded and parts joined, unless it holds such."""
+        return joined(adapter.map(lambda _, d: plain(d)))
 
     @abstractmethod
     def sniff(self, source: Source) -> Evidence | None:

@@ -27,8 +27,8 @@ _SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".npz", ".gguf", ".lora", ".
 # torchtune writes its own adapter file beside a PEFT export, whose config says nothing about the former's keys.
 _TORCHTUNE = re.compile(r"adapter_\d+\.(pt|safetensors)")
 # Files that lie beside adapters and never are one.
-_NOT_ADAPTERS = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "tokenizer", "decoded", "output",
-                 "ref.pt")
+_NOT_ADAPTERS = ("optimizer", "scheduler", "rng_state", "training_args", "trainer_state", "tokenizer", "decoded",
+                 "output", "ref.pt")
 
 
 @dataclass(frozen=True)

@@ -118,6 +118,9 @@ def history_steps(adapter: Adapter) -> list[dict[str, Any]]:
 def read_history(metadata: Mapping[str, str]) -> tuple[Step, ...]:
     """Return the history stored in safetensors metadata; unreadable history is no history."""
     try:
-        return tuple(Step(**s) for s in json.loads(metadata.get(HISTORY_KEY, "[]")))
-    except (ValueError, TypeError):
+        steps = tuple(Step(**s) for s in json.loads(metadata.get(HISTORY_KEY, "[]")))
+    except (ValueError, TypeError, RecursionError):
         return ()
+    return steps if all(isinstance(s.spec, str) and isinstance(s.version, str) and isinstance(s.nbytes_before, int)
+                        and isinstance(s.nbytes_after, int) and isinstance(s.error, (float, int, type(None)))
+                        for s in steps) else ()

@@ -17,7 +17,7 @@ from adaptc.formats.format import Evidence, read_history
 from adaptc.formats.lora_r import alpha_of, one_rank
 from adaptc.formats.mlx import EMBEDDINGS
 from adaptc.formats.parts import part_key, split_part
-from adaptc.formats.peft_lora import pair
+from adaptc.formats.peft_parts import pair
 from adaptc.formats.source import Source
 from adaptc.formats.torch_file import TorchFile
 

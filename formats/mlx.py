@@ -134,12 +134,12 @@ def _module(module: str, tensors: Mapping[str, Tensor], scale: float) -> tuple[D
     if left.shape[-1] > max(shape[-2:]):
         raise FormatError(f"{module}: reads as rank {left.shape[-1]} on a {shape[-2]} x {shape[-1]} weight, "
                           "these factors are not in MLX's order")
-    delta: Delta = LowRank(right, left, None, scale, shape)
+    inner = LowRank(right, left, None, scale, shape)
     if "m" in tensors:
         if tensors["m"].numel() != shape[0]:
             raise FormatError(f"{module}: m has {tensors['m'].numel()} entries for {shape[0]} outputs")
-        delta = NeedsBase("dora", {"magnitude": tensors["m"]}, {"axis": 0}, shape, delta)
-    return delta, layout
+        return NeedsBase("dora", {"magnitude": tensors["m"]}, {"axis": 0}, shape, inner), layout
+    return inner, layout
 
 
 def _check_ranks(deltas: Mapping[str, Delta], config: Mapping[str, Any]) -> None:

@@ -15,7 +15,7 @@ from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.delta import Delta, LowRank
 from adaptc.errors import FormatError, UnsupportedError
 from adaptc.formats.format import Content, Evidence, Format
-from adaptc.formats.peft_lora import pair
+from adaptc.formats.peft_parts import pair
 from adaptc.formats.peft_write import stored
 from adaptc.formats.source import Source
 

@@ -80,7 +80,8 @@ class _Match:
         if op == "SUBPATTERN" and not arg[1] and not arg[2]:  # no flags of its own
             return self.sequence(arg[3], at)
         if op in ("MAX_REPEAT", "MIN_REPEAT"):
-            return self.repeat(*arg, at)
+            low, high, body = arg
+            return self.repeat(low, high, body, at)
         if op in ("ASSERT", "ASSERT_NOT") and arg[0] == 1:  # look-ahead
             wanted = op == "ASSERT"
             return sum(1 << p for p in _bits(at) if bool(self.sequence(arg[1], 1 << p)) == wanted)
@@ -120,14 +121,14 @@ def _single(op: str, arg: Any, c: str) -> bool:
     if op == "ANY":
         return c != "\n"
     if op != "IN":
-        return (ord(c) == arg) == (op == "LITERAL")
+        return bool(ord(c) == arg) == (op == "LITERAL")
     inside = any(_member(str(kind), value, c) for kind, value in arg)
     return inside != (str(arg[0][0]) == "NEGATE")
 
 
 def _member(kind: str, value: Any, c: str) -> bool:
     if kind == "LITERAL":
-        return ord(c) == value
+        return bool(ord(c) == value)
     if kind == "RANGE":
         return bool(value[0] <= ord(c) <= value[1])
     if kind == "CATEGORY":

@@ -11,6 +11,7 @@ from torch import Tensor
 from adaptc.adapter import Adapter, Origin, Replacement, Rows
 from adaptc.errors import FormatError, NeedsError, UnsupportedError, UsageError
 from adaptc.formats import peft_loss, peft_scale, peft_write
+from adaptc.formats.config_json import parse_config
 from adaptc.formats.format import Content, Evidence, Format, TensorsFile, history_metadata, read_history
 from adaptc.formats.peft_keys import PREFIX, split
 from adaptc.formats.peft_types import REFUSED, TYPES
@@ -63,10 +64,7 @@ class Peft(Format):
     def _config(self, source: Source) -> Mapping[str, Any]:
         config = source.config
         if not config and BARE in source.metadata:
-            try:
-                config = dict(json.loads(source.metadata[BARE]))
-            except ValueError as e:
-                raise FormatError(f"{source.file.name}: metadata {BARE} is not a JSON object") from e
+            config = parse_config(source.metadata[BARE], f"metadata {BARE} of {source.file.name}")
         if source.alpha is None and not config:
             raise NeedsError(f"{source.file.name}: a bare file cannot tell its scale",
                              hint="pass --alpha (lora_alpha of the training), or the folder with adapter_config.json")

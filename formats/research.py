@@ -21,7 +21,7 @@ from adaptc.formats.format import Evidence, Format
 from adaptc.formats.lora_r import alpha_of
 from adaptc.formats.peft import Peft
 from adaptc.formats.peft_keys import strip
-from adaptc.formats.peft_lora import pair
+from adaptc.formats.peft_parts import pair
 from adaptc.formats.source import Source
 
 _LATENT = "default_lora_latent_mapping.weight"

@@ -81,7 +81,8 @@ class SamVit(TorchFile):
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
         """Return w_a_NNN, w_b_NNN and the rest, at the scale of the file; an emptied pair is one zero direction."""
-        scale, out = float(adapter.origin.config.get("scale", 1.0)), {}
+        scale = float(adapter.origin.config.get("scale", 1.0))
+        out: dict[str, Tensor] = {}
         for key, d in adapter.deltas.items():
             place = _PLACE.fullmatch(key)
             if not isinstance(d, LowRank) or place is None:

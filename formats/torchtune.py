@@ -56,12 +56,14 @@ class Torchtune(TorchFile):
             if a.dim() != 2 or b.dim() != 2 or a.shape[0] != b.shape[1]:
                 raise FormatError(f"{module}: lora_a is {tuple(a.shape)}, lora_b {tuple(b.shape)}, no common rank")
             shape = (b.shape[0], a.shape[1])
-            delta: Delta = LowRank(a, b, None, alpha / a.shape[0], shape)
+            inner = LowRank(a, b, None, alpha / a.shape[0], shape)
             if "magnitude" in tensors:
                 if tensors["magnitude"].numel() != shape[0]:
                     raise FormatError(f"{module}: magnitude has {tensors['magnitude'].numel()} entries for {shape[0]}")
-                delta = NeedsBase("dora", {"magnitude": tensors["magnitude"]}, {"axis": 0}, shape, delta)
-            deltas[f"{module}.weight"] = delta
+                magnitude = {"magnitude": tensors["magnitude"]}
+                deltas[f"{module}.weight"] = NeedsBase("dora", magnitude, {"axis": 0}, shape, inner)
+            else:
+                deltas[f"{module}.weight"] = inner
         if any(k in deltas for k in replaced):
             raise FormatError(f"{next(k for k in replaced if k in deltas)}: both factors and a full weight")
         metadata = {k: v for k, v in source.metadata.items() if not k.startswith("adaptc.")}

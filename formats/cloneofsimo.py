@@ -14,8 +14,9 @@ from torch import Tensor
 from adaptc.adapter import Adapter, Origin
 from adaptc.delta import Delta, LowRank, NeedsBase
 from adaptc.errors import FormatError, UnsupportedError
-from adaptc.formats.format import Content, Evidence, Format, TensorsFile, history_metadata, read_history
+from adaptc.formats.format import Content, Evidence, TensorsFile, history_metadata, read_history
 from adaptc.formats.kohya_modules import as_lora, check_inner, has_factors, pair, scaled, stored
+from adaptc.formats.safetensors_file import SafetensorsFile
 from adaptc.formats.source import Source
 
 _KEY = re.compile(r"([A-Za-z_]\w*):(\d{1,6}):(up|down)")
@@ -27,7 +28,7 @@ _CLASSES = {"unet": ("CrossAttention", "Attention", "GEGLU"), "text_encoder": ("
 _ATTENTION_LAYERS = 128
 
 
-class Cloneofsimo(Format):
+class Cloneofsimo(SafetensorsFile):
     """Read both forms; write safetensors, which every lora_diffusion since 0.1 reads.
 
     Modules are numbered in the order the trainer walks the base model, so parameters are called "unet:12.weight". A

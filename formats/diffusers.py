@@ -18,14 +18,15 @@ from adaptc.formats.alpha import alpha_value, record_alpha, scale_of
 from adaptc.formats.config_json import parse_config
 from adaptc.formats.diffusers_keys import component_of, is_bare, is_old, parse_key
 from adaptc.formats.diffusers_write import ADAPTER_METADATA, FOLDED, settings_of
-from adaptc.formats.format import Content, Evidence, Format, read_history
+from adaptc.formats.format import Content, Evidence, read_history
 from adaptc.formats.kohya_modules import check_inner, pair, with_dora
+from adaptc.formats.safetensors_file import SafetensorsFile
 from adaptc.formats.source import Source
 
 Held = dict[str, tuple[str, Tensor]]  # role -> (file key, tensor)
 
 
-class Diffusers(Format):
+class Diffusers(SafetensorsFile):
     """Read and write diffusers LoRA in the generation of keys it came in; conversions get today's.
 
     Origin.names holds the file key of the a factor (or of a bias or difference) where it is not the module with

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 
-from adaptc.formats.flatnames import COMPONENTS, root_component
+from adaptc.formats.flatnames import COMPONENTS, root_component, with_text_model
 
 # Endings of file keys and what the tensor is, newest generation first. What comes before is the module.
 _ENDINGS = (
@@ -67,6 +67,6 @@ def _module(stem: str, in_processor: bool) -> str:
         names = _TEXT_NAMES if head.endswith("self_attn") else _UNET_NAMES
         stem = f"{head.removesuffix('.processor')}.{names.get(leaf, leaf)}"
     if component_of(stem):
-        return stem
+        return with_text_model(stem)
     component = "text_encoder" if stem.startswith("text_model.") else root_component(stem)
     return f"{component}.{stem}" if component else stem

@@ -36,12 +36,20 @@ class Draft:
 
 
 def settings_of(module: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]]:
-    """Return (module path, LoraConfig fields) of a module's component; files of one model have no prefixes at all."""
+    """Return (module path as patterns see it, LoraConfig fields) of a module's component.
+
+    A file of one model has no prefixes. Patterns are written without the text_model of a CLIP encoder, so that they fit
+    with and without it (transformers 5.6 dropped it), but read as they are.
+    """
     component = component_of(module)
     path = module.removeprefix(f"{component}.") if component else module
     prefix = f"{component}."
     found = {k.removeprefix(prefix): v for k, v in config.items() if component and k.startswith(prefix)}
-    return path, found or (dict(config) if "r" in config else {})
+    found = found or (dict(config) if "r" in config else {})
+    patterns = [*(found.get("rank_pattern") or ()), *(found.get("alpha_pattern") or ())]
+    if component.startswith("text_encoder") and not any("text_model" in p for p in patterns):
+        path = path.removeprefix("text_model.")
+    return path, found
 
 
 def losses(adapter: Adapter) -> tuple[str, ...]:

@@ -47,6 +47,7 @@ _ROOTS = {word: component for component, words in _FIRST_WORDS.items() for word 
 # Flattened prefix -> component; "" where the first word of the module decides. Longest first.
 PREFIXES = {"lora_transformer_": "transformer", "lora_prior_": "prior", "lora_unet_": "", "lora_te1_": "text_encoder",
             "lora_te2_": "text_encoder_2", "lora_te3_": "text_encoder_3", "lora_te_": "text_encoder", "lycoris_": None}
+_CLIP_PARTS = ("encoder.layers.", "embeddings.", "final_layer_norm")
 COMPONENTS = ("unet", "transformer", "transformer_2", "diffusion_model", "text_encoder", "text_encoder_2",
               "text_encoder_3", "prior")
 
@@ -96,12 +97,19 @@ def module_of(stem: str) -> str | None:
     if component is None:
         return path
     if component:
-        return f"{component}.{path}"
+        return with_text_model(f"{component}.{path}")
     if path.startswith(ldm_names.ROOTS):
         mapped = ldm_names.to_diffusers(path)
         return f"unet.{mapped}" if mapped else None
     found = root_component(path)
     return f"{found}.{path}" if found else None
+
+
+def with_text_model(module: str) -> str:
+    """Return the module path of a CLIP text encoder with the wrapper that transformers 5.6 dropped from its names."""
+    component, _, path = module.partition(".")
+    bare = component.startswith("text_encoder") and path.startswith(_CLIP_PARTS)
+    return f"{component}.text_model.{path}" if bare else module
 
 
 def root_component(path: str) -> str | None:

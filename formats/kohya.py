@@ -15,15 +15,16 @@ from adaptc.errors import FormatError
 from adaptc.formats import kohya_modules as modules
 from adaptc.formats.alpha import alpha_for, alpha_value, record_alpha, recorded_alpha
 from adaptc.formats.flatnames import PREFIXES, module_of, stem_of
-from adaptc.formats.format import Content, Evidence, Format, TensorsFile, read_history
+from adaptc.formats.format import Content, Evidence, TensorsFile, read_history
 from adaptc.formats.kohya_metadata import NAMES_KEY, updated_metadata
+from adaptc.formats.safetensors_file import SafetensorsFile
 from adaptc.formats.source import Source
 
 _KNOWN = frozenset({"lora_down.weight", "lora_up.weight", "alpha", modules.DORA})
 _EMBEDDINGS = "bundle_emb."  # textual inversions that sd-scripts packs into the same file
 
 
-class Kohya(Format):
+class Kohya(SafetensorsFile):
     """Read and write plain LoRA and LoCon as sd-scripts, A1111 and ComfyUI read them.
 
     Origin.config holds `alpha`: stem -> [value, dtype, shape] of every alpha tensor; Origin.names the stem of every
@@ -152,7 +153,7 @@ class Kohya(Format):
                 alphas[stem] = alpha_for(s, rank, recorded, stem, optional=mine)
             else:
                 alphas.setdefault(stem, recorded_alpha(recorded, stem))
-        if not mine or adapter.history:  # float64 is what was computed, never what a loader expects
+        if adapter.origin.dialect != self.id or adapter.history:  # float64 was computed, no loader expects it
             tensors = {k: t.float() if t.dtype == torch.float64 else t for k, t in tensors.items()}
         tensors |= {f"{stem}.alpha": alpha for stem, alpha in alphas.items() if alpha is not None}
         modules_of = {s: k.rpartition(".")[0] for k, s in stems.items()}

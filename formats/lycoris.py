@@ -8,12 +8,16 @@ from typing import Any, ClassVar
 
 from torch import Tensor
 
+from adaptc.adapter import Adapter
 from adaptc.delta import Delta, Hadamard, Kron, LowRank, NeedsBase
-from adaptc.formats import kohya_modules, lycoris_modules
+from adaptc.factor import Encoded
+from adaptc.formats import kohya_modules, lycoris_modules, tucker
 from adaptc.formats.flatnames import kernel_of
 from adaptc.formats.format import Evidence
 from adaptc.formats.kohya import Kohya, is_flat, is_lycoris
+from adaptc.formats.parts import joined
 from adaptc.formats.source import Source
+from adaptc.lowrank import plain
 
 
 class Lycoris(Kohya):
@@ -51,6 +55,10 @@ class Lycoris(Kohya):
         """Every delta that adds to a weight or bias has a key here."""
         return "a bias change that is not dense has no key" if leaf == "bias" and len(inner.shape) != 1 else None
 
+    def storable(self, adapter: Adapter) -> Adapter:
+        """Return the adapter with codes decoded, but for Tucker factors, which this dialect has keys for."""
+        return joined(adapter.map(lambda _, d: d if _is_tucker(d) else plain(d)))
+
     def write_delta(self, key: str, inner: Any, layout: str) -> tuple[dict[str, Tensor], float, int]:
         """Return (tensors by parameter, scale, rank): LoHa and LoKr as such, pairs as LoCon, the rest in full."""
         norm = layout == "norm"
@@ -60,6 +68,12 @@ class Lycoris(Kohya):
         if isinstance(inner, (Kron, Hadamard)) or not kohya_modules.has_factors(inner):
             return lycoris_modules.write_delta(inner, norm)
         return super().write_delta(key, inner, layout)
+
+
+def _is_tucker(delta: Delta) -> bool:
+    inner = delta.inner if isinstance(delta, NeedsBase) else delta
+    return (isinstance(inner, LowRank) and tucker.unfold(inner.a) is not None
+            and not any(isinstance(f, Encoded) for f in (inner.b, inner.core)))
 
 
 def _with_kernel(key: str, delta: Delta, unet_width: int | None) -> Delta:

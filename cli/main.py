@@ -17,7 +17,7 @@ from adaptc import __version__
 from adaptc.cli.options import example
 from adaptc.errors import AdaptcError, LossError, one_line
 
-COMMANDS = ("compress", "inspect", "diff", "convert", "run")
+COMMANDS = ("compress", "quantize", "merge", "compare", "inspect", "diff", "convert", "run", "decode", "verify")
 INTERRUPTED, BUG = 130, 70
 
 
@@ -92,7 +92,7 @@ def main(args: Sequence[str] | None = None) -> int:
 def _told(e: AdaptcError) -> str:
     """Return the message with the path it is about in front, once."""
     message, path = str(e), e.path
-    if path is None or message.startswith(path):
+    if path is None or message.startswith(tuple(path + after for after in (":", " ", "/"))):
         return message
     head, sep, tail = message.partition(": ")
     if sep and head == Path(path).name:

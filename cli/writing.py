@@ -32,11 +32,11 @@ class Target:
 
     def size_of(self, adapter: Adapter) -> int:
         """Return the exact bytes that `adapter` would take here."""
-        return self.format.size(adapter, folder=self.folder)
+        return self.format.size(self.format.storable(adapter), folder=self.folder)
 
     def losses(self, adapter: Adapter, allow: bool) -> tuple[str, ...]:
         """Return what writing would lose. Raises LossError listing it unless `allow`."""
-        losses = self.format.cannot(adapter)
+        losses = self.format.cannot(self.format.storable(adapter))
         if losses and not allow:
             raise LossError(f"{self.format.title} cannot say everything this adapter holds", losses,
                             hint="--allow-loss writes the rest; --to names another dialect")
@@ -71,7 +71,7 @@ def target(opened: Opened, out: str | None, tag: str, to: str | None, force: boo
     notes = []
     if fmt.id != opened.format.id and to is None:
         notes.append(f"{opened.format.title} is read only, written as {fmt.title}")
-    if fmt.writes == "folder" and not folder:
+    if fmt.writes == "folder" and not folder and fmt.id != "adaptc":
         notes.append("one file, without the folder's config: its ranks and scales are in the metadata")
     return Target(path, fmt, folder, opened.inputs, force, tuple(notes))
 
@@ -86,4 +86,4 @@ def _beside(opened: Opened, fmt: Format, tag: str) -> Path:
         return whole.with_name(f"{name}-{tag}") if fmt.writes == "folder" else whole / f"{name}.{tag}.safetensors"
     if fmt.writes == "folder" and source.suffix != ".safetensors":
         return source.with_name(f"{source.stem}-{tag}")
-    return source.with_name(f"{source.stem}.{tag}{getattr(fmt, 'suffix', '.safetensors')}")
+    return source.with_name(f"{source.stem.removesuffix('.adaptc')}.{tag}{getattr(fmt, 'suffix', '.safetensors')}")

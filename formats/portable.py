@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from pathlib import Path
+from dataclasses import replace
 from typing import Any, ClassVar
 
 from adaptc.adapter import Adapter
@@ -24,6 +24,7 @@ class Portable(Format):
     id: ClassVar[str] = "adaptc"
     title: ClassVar[str] = "adaptc container"
     writes: ClassVar[str] = "folder"
+    suffix: ClassVar[str] = ".adaptc.safetensors"
 
     def sniff(self, source: Source) -> Evidence | None:
         """The manifest in the metadata."""
@@ -55,7 +56,7 @@ class Portable(Format):
         return {FILE: self.bare(adapter), "adapter_config.json": (json.dumps(guard, indent=2) + "\n").encode()}
 
 
-def is_container(path: Path) -> bool:
-    """Return whether a file carries a manifest, looking at its header only."""
-    return path.is_file() and path.suffix == ".safetensors" and MANIFEST in TensorFile(path).metadata
+def without_container(adapter: Adapter) -> Adapter:
+    """Return the adapter marked to be written in its original dialect."""
+    return replace(adapter, origin=replace(adapter.origin, container=""))
 

@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from adaptc.adapter import Adapter, tensors
+from adaptc.coded import Coded
 from adaptc.delta import Delta, NeedsBase, kind
-from adaptc.lowrank import low_rank
+from adaptc.lowrank import low_rank, plain
 from adaptc.passes import Context, one_blas_thread, run
 from adaptc.report import rank_of
 from adaptc.squeeze.factored import core_svd
@@ -80,8 +81,9 @@ def energy_kept(modules: Sequence[Module], rank: int) -> float:
 
 
 def _module(key: str, delta: Delta, adapter: Adapter) -> Module:
-    held = tensors(delta)
-    inner = delta.inner if isinstance(delta, NeedsBase) else delta
+    opened = plain(delta)  # what a code stands for is looked at, what it takes is reported
+    held = tensors(opened)
+    inner = opened.inner if isinstance(opened, NeedsBase) else opened
     bad = sum(int((~torch.isfinite(t)).sum()) for t in held.values() if t.is_floating_point() and t.dtype.itemsize > 1)
     spectrum = None
     if not bad and inner is not None and delta.nbytes:
@@ -89,7 +91,8 @@ def _module(key: str, delta: Delta, adapter: Adapter) -> Module:
         if factors is not None:
             b, a = factors.factors()
             spectrum = _combined(core_svd(b, a).s)
-    dtypes = sorted({str(t.dtype).removeprefix("torch.") for t in held.values()})
+    coded = delta.inner if isinstance(delta, NeedsBase) else delta
+    dtypes = [coded.code.id] if isinstance(coded, Coded) else sorted({str(t.dtype)[6:] for t in held.values()})
     found = _flags(held, rank_of(delta), spectrum, adapter)
     flags = (f"{bad} values are not finite", *found) if bad else found
     scale = getattr(inner, "scale", None)

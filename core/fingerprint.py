@@ -1,0 +1,30 @@
+"""A digest of the base weights an adapter changes, the same for every float dtype they are stored in."""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+
+import torch
+
+from adaptc.adapter import Adapter
+from adaptc.base import Base
+
+SAMPLES = 64
+
+
+def fingerprint(base: Base, adapter: Adapter) -> str:
+    """Return 16 hex digits of SHA-256 over 64 values of every adapted parameter of the base.
+
+    For each parameter in sorted order: its name, a zero byte, its shape as int64, and the values at the flat positions
+    floor(t (n - 1) / 63), t = 0..63, of the weight in logical orientation, rounded to bfloat16. Reads only those
+    pages of the base. Raises NeedsError or FormatError when the base lacks a parameter or has another shape.
+    """
+    digest = hashlib.sha256()
+    for key in sorted(adapter.deltas):
+        w = base.weight(key, adapter.deltas[key].shape)
+        at = [t * (w.numel() - 1) // (SAMPLES - 1) for t in range(SAMPLES)]
+        index = torch.unravel_index(torch.tensor(at), w.shape)
+        digest.update(key.encode() + b"\0" + struct.pack(f"<{w.dim()}q", *w.shape))
+        digest.update(w[index].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()[:16]

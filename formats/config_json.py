@@ -50,6 +50,11 @@ def parse_config(text: str, name: str) -> Mapping[str, Any]:
         if value is not None and not isinstance(value, types):
             wanted = " or ".join({"str": "text", "dict": "an object", "list": "a list"}[t.__name__] for t in types)
             raise FormatError(f"{field} in {name} is {str(value)[:40]!r}, not {wanted}")
+    for field in ("trainable_token_indices", "token_indices"):
+        value = config.get(field) or []
+        for rows in value.values() if isinstance(value, dict) else [value]:
+            if not isinstance(rows, list) or not all(type(i) is int and i >= 0 for i in rows):
+                raise FormatError(f"{field} in {name} lists {str(rows)[:40]!r}, not row numbers")
     return config
 
 

@@ -9,6 +9,7 @@ from typing import Any, ClassVar
 from torch import Tensor
 
 from adaptc.adapter import Adapter, Origin, Replacement, Rows
+from adaptc.delta import Delta, LowRank
 from adaptc.errors import FormatError, NeedsError, UnsupportedError, UsageError
 from adaptc.formats import peft_loss, peft_scale, peft_write
 from adaptc.formats.config_json import parse_config
@@ -54,6 +55,8 @@ class Peft(Format):
             raise UnsupportedError(f"{next(iter(modules.shared))}: belongs to no known part of a {kind} adapter")
         if not read.deltas and not modules.other and not read.replaced:
             raise FormatError(f"{source.file.name}: {len(source.tensors)} tensors, none part of a {kind} adapter")
+        if "r" not in config:
+            _check_order(read.deltas)
         replaced, names = _replaced(modules.other, config)
         names |= {name: f"{PREFIX}{key}" for name, key in read.names.items()}
         metadata = {k: v for k, v in source.metadata.items() if not k.startswith("adaptc.")}
@@ -92,6 +95,14 @@ class Peft(Format):
               ) -> TensorsFile:
         return TensorsFile(tensors, {"format": "pt", **adapter.origin.metadata, **history_metadata(adapter),
                                      **(more or {})})
+
+
+def _check_order(deltas: Mapping[str, Delta]) -> None:
+    """Raise FormatError for factors that only fit each other because both are transposed, as MLX stores them."""
+    for key, d in deltas.items():
+        if isinstance(d, LowRank) and len(d.shape) == 2 and d.rank > max(d.shape):
+            raise FormatError(f"{key}: reads as rank {d.rank} on a {d.shape[0]} x {d.shape[1]} weight, "
+                              "these factors are not in PEFT's order")
 
 
 def _replaced(other: Mapping[str, Tensor], config: Mapping[str, Any]

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from adaptc.cli.reading import Opened
-from adaptc.errors import LossError, UnsupportedError
+from adaptc.errors import LossError, UnsupportedError, UsageError
 
 if TYPE_CHECKING:
     from adaptc.adapter import Adapter
@@ -67,10 +67,14 @@ def target(opened: Opened, out: str | None, tag: str, to: str | None, force: boo
     if path.name in ("", ".."):
         path = path.resolve()
     folder = is_folder(fmt, path)
+    suffix = getattr(fmt, "suffix", ".safetensors")
+    if not folder and not path.suffix:
+        raise UsageError(f"{path} has no suffix, and {fmt.title} is one file", hint=f"such as {path}{suffix}")
     check(path, force=force, folder=folder, inputs=opened.inputs)
     notes = []
     if fmt.id != opened.format.id and to is None:
-        notes.append(f"{opened.format.title} is read only, written as {fmt.title}")
+        why = "holds untouched factors only" if opened.format.writes else "is read only"
+        notes.append(f"{opened.format.title} {why}, written as {fmt.title}")
     if fmt.writes == "folder" and not folder and fmt.id != "adaptc":
         notes.append("one file, without the folder's config: its ranks and scales are in the metadata")
     return Target(path, fmt, folder, opened.inputs, force, tuple(notes))

@@ -58,6 +58,7 @@ def diff(a: Adapter, b: Adapter, *, base: Base | None = None, jobs: int = 0, ctx
     Base-dependent deltas (DoRA) are resolved on `base` where it is given; without it their inner parts are compared,
     and their other tensors like carried ones. Raises FormatError when shapes differ or no module is in both.
     """
+    a, b = _by_parameter(a, b)
     keys = list(dict.fromkeys([*a.deltas, *b.deltas]))
     if a.deltas and b.deltas and not set(a.deltas) & set(b.deltas):
         raise FormatError(f"no module is in both, one has {next(iter(a.deltas))}, the other {next(iter(b.deltas))}",
@@ -71,6 +72,14 @@ def diff(a: Adapter, b: Adapter, *, base: Base | None = None, jobs: int = 0, ctx
             carried += _side_gaps(key, a.deltas.get(key), b.deltas.get(key))
     return Difference(tuple(modules), tuple(carried), tuple(k for k in a.deltas if k not in b.deltas),
                       tuple(k for k in b.deltas if k not in a.deltas))
+
+
+def _by_parameter(a: Adapter, b: Adapter) -> tuple[Adapter, Adapter]:
+    """Return both with the parts of fused parameters joined where only one of them stores such parts."""
+    from adaptc.formats.parts import joined, split_part
+
+    wholes = [{split_part(k)[0] for k in x.deltas} & set(y.deltas) - set(x.deltas) for x, y in ((a, b), (b, a))]
+    return joined(a) if wholes[0] else a, joined(b) if wholes[1] else b
 
 
 def _gap(key: str, x: Delta | None, y: Delta | None, base: Base | None) -> Gap:

@@ -93,6 +93,13 @@ def test_input_is_never_overwritten(out, adaptc, adapter):
     assert {p.name: p.read_bytes() for p in adapter.iterdir()} == before
 
 
+def test_one_file_wants_a_suffix(adaptc, adapter):
+    said = adaptc("convert", adapter, "out", "--to", "kohya")
+    assert said.code == 2
+    assert "out has no suffix" in said.err
+    assert "such as out.safetensors" in said.err
+
+
 def test_output_needs_force_and_never_deletes_other_files(adaptc, adapter):
     assert adaptc("compress", adapter, "--rank", 2, "-o", "out").code == 0
     said = adaptc("compress", adapter, "--rank", 3, "-o", "out")

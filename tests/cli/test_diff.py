@@ -6,6 +6,9 @@ import pytest
 import torch
 
 import adaptc as library
+from adaptc.adapter import Adapter, Origin
+from adaptc.delta import Dense, LowRank
+from adaptc.formats.parts import part_key
 
 
 def test_errors_match_dense_algebra(adaptc, make):
@@ -66,6 +69,24 @@ def test_scale_rules_compare_by_value(adaptc, make):
     assert adaptc("diff", "plain", "rs", "--json").data["error"] < 1e-15
     make("wrong", edit=lambda t, c: c.update(use_rslora=True))
     assert adaptc("diff", "plain", "wrong", "--json").data["error"] == pytest.approx(8**0.5 - 1)
+
+
+def test_parts_of_a_fused_parameter_are_compared_with_the_whole():
+    random = torch.Generator().manual_seed(0)
+    name = "attn.qkv.weight"
+    pairs = {at: (torch.randn(2, 5, generator=random), torch.randn(4, 2, generator=random)) for at in (0, 8)}
+    parts = {part_key(name, at, at + 4): LowRank(*pair, None, 1.0 + at, (4, 5)) for at, pair in pairs.items()}
+    split = Adapter(parts, {}, Origin("x", layout=dict.fromkeys(parts, "rows:12")))
+    dense = torch.zeros(12, 5, dtype=torch.float64)
+    for part, at in zip(parts.values(), pairs, strict=True):
+        dense[at : at + 4] = part.dense()
+    whole = Adapter({name: Dense(dense, 1.0, (12, 5))}, {}, Origin("x"))
+    for x, y in ((split, whole), (whole, split)):
+        found = library.diff(x, y)
+        assert [g.key for g in found.modules] == [name]
+        assert found.error < 1e-6
+    assert library.diff(split, split).error == 0
+    assert [g.key for g in library.diff(split, split).modules] == list(parts)
 
 
 def test_nothing_in_common_is_refused(adaptc, make):

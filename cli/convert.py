@@ -32,6 +32,7 @@ def command(source: str, output: str, to: str | None, prefix: int | None, base: 
     from adaptc.cli.reading import about, open_adapter, open_base
     from adaptc.cli.render import Notes, count, listed
     from adaptc.cli.writing import target
+    from adaptc.fingerprint import stamped
     from adaptc.formats.prefix import cut
     from adaptc.passes import Context
     from adaptc.squeeze.resolve import Resolve
@@ -44,6 +45,8 @@ def command(source: str, output: str, to: str | None, prefix: int | None, base: 
     with about(source):
         if prefix is not None:
             adapter = cut(adapter, prefix, place.size_of)
+        if place.format.id == "adaptc":
+            adapter = stamped(adapter, open_base(base))
         weights = open_base(base)
         if weights is not None and place.format.cannot(adapter):
             outcome = Resolve()(adapter, Context(weights))

@@ -43,6 +43,7 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
     from adaptc.cli.account import account
     from adaptc.cli.reading import about, open_adapter, open_base
     from adaptc.cli.writing import target
+    from adaptc.fingerprint import stamped
     from adaptc.passes import Context, Pipeline
     from adaptc.spec import build
 
@@ -56,9 +57,11 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
     opened = open_adapter(source, alpha, dialect)
     tag = short_nbytes(size) if size is not None else f"b{bits:g}" if bits is not None else f"err{max_error:g}"
     place = target(opened, output, tag, "adaptc", force)
-    ctx = Context(open_base(base), jobs=jobs, device=device, size_of=place.size_of)
+    weights = open_base(base)
+    ctx = Context(weights, jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
-        outcome = Pipeline(tuple(steps))(opened.adapter, replace(ctx, progress=progress))
+        adapter = stamped(opened.adapter, weights)
+        outcome = Pipeline(tuple(steps))(adapter, replace(ctx, progress=progress))
         losses = place.losses(outcome.adapter, allow_loss)
     nbytes = place.size_of(outcome.adapter) if dry_run else place.write(outcome.adapter)
     account(voice, opened, outcome, place, nbytes, not dry_run, losses)

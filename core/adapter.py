@@ -47,7 +47,8 @@ class Origin:
     `names` maps a parameter name to the module stem the file used, where it cannot be rebuilt from the parameter name
     (kohya's flattened names, prefixes of training wrappers). `layout` marks parameters whose module is no plain
     linear or convolution: "embedding", "experts". `notes` are facts found while reading, shown by `inspect`.
-    `container` is the id of the format that wraps the dialect, "" where there is none.
+    `container` is the id of the format that wraps the dialect, "" where there is none; `fingerprint` a digest of
+    the base weights the adapter was made for (adaptc.fingerprint), where one was taken.
     """
 
     dialect: str
@@ -59,6 +60,7 @@ class Origin:
     layout: Mapping[str, str] = field(default_factory=dict)
     notes: tuple[str, ...] = ()
     container: str = ""
+    fingerprint: str | None = None
 
 
 @dataclass(frozen=True, slots=True, eq=False)

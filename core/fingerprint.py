@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from dataclasses import replace
 
 import torch
 
 from adaptc.adapter import Adapter
 from adaptc.base import Base
+from adaptc.errors import FormatError
 
 SAMPLES = 64
 
@@ -28,3 +30,16 @@ def fingerprint(base: Base, adapter: Adapter) -> str:
         digest.update(key.encode() + b"\0" + struct.pack(f"<{w.dim()}q", *w.shape))
         digest.update(w[index].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
     return digest.hexdigest()[:16]
+
+
+def stamped(adapter: Adapter, base: Base | None) -> Adapter:
+    """Return `adapter` with the fingerprint of `base`, unchanged where no base is given.
+
+    Raises FormatError if the adapter already carries the fingerprint of other weights.
+    """
+    if base is None:
+        return adapter
+    found, stored = fingerprint(base, adapter), adapter.origin.fingerprint
+    if stored not in (None, found):
+        raise FormatError(f"base weights have fingerprint {found}, the adapter was made for {stored}")
+    return replace(adapter, origin=replace(adapter.origin, fingerprint=found))

@@ -223,4 +223,5 @@ def _origin(blob: Tensor, manifest: Mapping[str, Any], files: Mapping[str, int],
     if cut is not None:
         notes = (*notes, f"the file ends inside {cut}: a smaller adapter was read from what is there")
     return Origin(str(said["dialect"]), said.get("config", {}), said.get("metadata", {}), manifest.get("base"),
-                  said.get("files", files), said.get("names", {}), said.get("layout", {}), notes, "adaptc")
+                  said.get("files", files), said.get("names", {}), said.get("layout", {}), notes, "adaptc",
+                  manifest.get("fingerprint"))

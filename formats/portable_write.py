@@ -35,6 +35,8 @@ def manifest_and_tensors(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Te
     manifest: dict[str, Any] = {"format": VERSION}
     if adapter.origin.base_model is not None:
         manifest["base"] = adapter.origin.base_model
+    if adapter.origin.fingerprint is not None:
+        manifest["fingerprint"] = adapter.origin.fingerprint
     codes = _codes(adapter)
     taken = {name for _, names in codes for name in names}
     manifest["codes"] = [_code(i, code, names, adapter, tensors) for i, (code, names) in enumerate(codes)]
@@ -171,7 +173,7 @@ def _carried(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Any]:
 def _origin(adapter: Adapter) -> Tensor:
     """Return what the original dialect said, verbatim: deflated JSON as bytes. Identity fields are left out."""
     said = {f.name: getattr(adapter.origin, f.name) for f in fields(Origin)}
-    said = {k: v for k, v in said.items() if k not in ("base_model", "container") and v}
+    said = {k: v for k, v in said.items() if k not in ("base_model", "container", "fingerprint") and v}
     text = json.dumps(said, separators=(",", ":"), default=list).encode()
     return torch.frombuffer(bytearray(zlib.compress(text, 9)), dtype=torch.uint8)
 

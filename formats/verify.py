@@ -40,7 +40,7 @@ def verify(source: Source, adapter: Adapter, base: Base | None) -> Verified:
         for name, t in tensors(_decoded(delta)).items():
             if t.dtype.is_floating_point and not bool(torch.isfinite(t).all()):
                 raise FormatError(f"{key}: {name} holds values that are not finite")
-    return Verified(len(source.payload), checked, _base(manifest.get("fingerprint"), adapter, base))
+    return Verified(len(source.payload), checked, _base(adapter.origin.fingerprint, adapter, base))
 
 
 def _decoded(delta: Delta) -> Delta:

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import difflib
 import os
 import sys
-import traceback
 import warnings
 from collections.abc import Sequence
 from importlib import import_module
@@ -39,6 +37,8 @@ class Commands(click.Group):
                         ) -> tuple[str | None, click.Command | None, list[str]]:
         """Find the command, naming the nearest one where there is none."""
         if args and args[0] not in COMMANDS and not args[0].startswith("-"):
+            import difflib
+
             near = difflib.get_close_matches(args[0], COMMANDS, 1)
             meant = f", did you mean {near[0]}?" if near else f" (there are {', '.join(COMMANDS)})"
             ctx.fail(f"there is no command {args[0]}{meant}")
@@ -104,6 +104,8 @@ def _told(e: AdaptcError) -> str:
 
 def _fail(text: str, hint: str | None, code: int, debug: bool, losses: Sequence[str] = ()) -> int:
     if debug:
+        import traceback
+
         traceback.print_exc()
     click.echo(f"adaptc: {one_line(text)}", err=True)
     for loss in losses[:40]:

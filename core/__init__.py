@@ -20,6 +20,7 @@ _PUBLIC = {
     "load": "adaptc.formats",
     "save": "adaptc.formats",
     "compress": "adaptc.squeeze",
+    "merge": "adaptc.squeeze.merge",
     "run": "adaptc.recipe",
     "inspect": "adaptc.squeeze.inspection",
     "diff": "adaptc.difference",
@@ -37,6 +38,7 @@ if TYPE_CHECKING:
     from adaptc.recipe import run as run
     from adaptc.squeeze import compress as compress
     from adaptc.squeeze.inspection import inspect as inspect
+    from adaptc.squeeze.merge import merge as merge
 
 
 def __getattr__(name: str) -> Any:

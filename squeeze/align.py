@@ -102,7 +102,7 @@ def carry(adapters: Sequence[Adapter], names: Sequence[str], heads: str | None
     """Return the replaced tensors (heads, norms, token rows) of the joined adapter, and notes.
 
     Identical ones and those that one adapter alone has are kept. Ones that differ raise UnsupportedError until `heads`
-    says which to take: "first" that has it, "drop" none of them, or the name of an input.
+    says which to take: "first" that has it, "drop" none (and no bias without its weight), or the name of an input.
     """
     if heads is not None and heads not in ("first", "drop", *names):
         raise UsageError(f"heads is {heads}, must be first, drop, or an input ({', '.join(names)})")
@@ -123,6 +123,9 @@ def carry(adapters: Sequence[Adapter], names: Sequence[str], heads: str | None
         chosen = dict(held).get(heads) if heads != "first" else held[0][1]
         if heads != "drop" and chosen is not None:
             kept[key] = chosen
+    if heads == "drop":
+        gone = {key.rpartition(".")[0] for key in differ}
+        kept = {k: v for k, v in kept.items() if k.rpartition(".")[0] not in gone}
     if differ:
         notes.append(f"{len(differ)} replaced tensors differ ({differ[0]}, ...): "
                      + ("dropped" if heads == "drop" else f"those of {names[0] if heads == 'first' else heads} kept"))

@@ -22,7 +22,7 @@ from adaptc.report import Row, rank_of
 from adaptc.squeeze.align import Aligned, align, carry
 from adaptc.squeeze.factored import truncate
 from adaptc.squeeze.joint import Part, absent, part
-from adaptc.squeeze.merged import joined_origin, stored, union, weighted_sum
+from adaptc.squeeze.merged import beside, joined_origin, stored, union, weighted_sum
 from adaptc.squeeze.method import MERGES, InCore, Method, Options, Task
 from adaptc.squeeze.truncate import DTYPES, Truncate
 
@@ -35,11 +35,12 @@ class Merge(Join):
     """Join adapters of one base model into one.
 
     `weights`: one an input, default 1/T; they are used as they are by methods that add, by their ratio by methods that
-    average. `rank`: of every parameter, default the largest rank among the inputs there (lossless methods: as large as
-    needed). `size`: bytes of the file, spent over all parameters by error removed per byte, instead of a rank. `scale`
-    multiplies the result. `heads`: what to do with replaced tensors that differ. Rows measure ||dW - sum w dW_t|| /
-    ||sum w dW_t|| of what is stored, whatever the method. Inputs that need the base (DoRA) are resolved against it
-    first. Raises UsageError for options that make no sense, FormatError for inputs that do not fit each other.
+    average (in factor space as they are, as in PEFT). `rank`: of every parameter, default the largest rank among the
+    inputs there (lossless methods: as large as needed). `size`: bytes of the file, spent over all parameters by error
+    removed per byte, instead of a rank. `scale` multiplies the result. `heads`: what to do with replaced tensors that
+    differ. Rows measure ||dW - sum w dW_t|| / ||sum w dW_t|| of what is stored, whatever the method. Inputs that need
+    the base (DoRA) are resolved against it first. Raises UsageError for options that make no sense, FormatError for
+    inputs that do not fit each other.
     """
 
     name: ClassVar[str] = "merge"
@@ -103,11 +104,12 @@ class Merge(Join):
         with one_blas_thread():
             made = run(lambda k: self._parameter(k, aligned, names, ctx), list(aligned.deltas), ctx, self.name)
         rows, notes = tuple(r for _, r in made), (*aligned.notes, *notes)
-        extra = [n for n, a in zip(names, adapters, strict=True) if a.extra]
-        if extra:
-            notes = (*notes, f"training state of {', '.join(extra)} left out")
+        extra, left_out = beside(adapters)
+        if left_out:
+            notes = (*notes, f"{left_out} tensors that change no weight left out (training state, or they differ)")
         origin = joined_origin(adapters, list(aligned.deltas), replaced)
-        out = Adapter({r.key: d for d, r in made}, replaced, origin, tuple(s for a in adapters for s in a.history))
+        history = tuple(s for a in adapters for s in a.history)
+        out = Adapter({r.key: d for d, r in made}, replaced, origin, history, extra)
         outcome = Outcome(out, rows, notes)
         step = Step(str(self), __version__, sum(a.nbytes for a in adapters), out.nbytes, outcome.error)
         outcome = replace(outcome, adapter=out.with_deltas(out.deltas, step))
@@ -137,7 +139,7 @@ class Merge(Join):
 
     def _weights(self, count: int) -> tuple[float, ...]:
         weights = self.weights or (1.0 / count,) * count
-        total = math.fsum(abs(w) for w in weights) if self.how.averages else 1.0
+        total = math.fsum(abs(w) for w in weights) if self.how.averages and self.space == "core" else 1.0
         return tuple(w / total for w in weights)
 
     def _parameter(self, key: str, aligned: Aligned, names: Sequence[str], ctx: Context) -> tuple[Delta, Row]:

@@ -14,8 +14,11 @@ from adaptc.delta import BaseFree, Dense, LowRank, Sparse, Sum
 from adaptc.errors import FormatError
 from adaptc.lowrank import low_rank
 
-# What a PEFT config says about ranks and modules of one input; the writer works them out again for the result.
-_OWN = ("r", "lora_alpha", "rank_pattern", "alpha_pattern", "use_rslora", "use_dora", "exclude_modules", "loftq_config")
+# What of a PEFT config still holds for merged factors. Ranks and scales are the writer's; how inputs were initialised
+# and trained (samplers, variants) would make PEFT build something else around them.
+_HOLDS = ("auto_mapping", "base_model_name_or_path", "bias", "fan_in_fan_out", "inference_mode", "layers_pattern",
+          "layers_to_transform", "lora_dropout", "modules_to_save", "peft_version", "revision", "target_modules",
+          "task_type", "trainable_token_indices")
 
 
 def joined_origin(adapters: Sequence[Adapter], keys: Sequence[str], replaced: Mapping[str, Replacement]) -> Origin:
@@ -42,7 +45,7 @@ def _config(adapters: Sequence[Adapter], configs: Sequence[Mapping[str, Any]], k
     """Return the PEFT fields all inputs share. Where their modules differ, the merged ones are listed one by one."""
     first = configs[0]
     config = {k: v for k, v in first.items()
-              if k not in _OWN and all(k in c and _agree(v, c[k]) for c in configs)}
+              if k in _HOLDS and all(k in c and _agree(v, c[k]) for c in configs)}
     config["peft_type"] = "LORA"
     config.setdefault("task_type", first.get("task_type"))
     config.setdefault("base_model_name_or_path", first.get("base_model_name_or_path"))
@@ -58,7 +61,24 @@ def _config(adapters: Sequence[Adapter], configs: Sequence[Mapping[str, Any]], k
     saved = {m: None for c in configs for m in c.get("modules_to_save") or ()
              if any(f".{m}." in f".{key}" for key in replaced)}
     config["modules_to_save"] = list(saved) or None
+    if any(k not in replaced for a in adapters for k in a.replaced):  # without its head PEFT takes no classifier
+        config["task_type"] = None
     return config
+
+
+def beside(adapters: Sequence[Adapter]) -> tuple[dict[str, Tensor], int]:
+    """Return the extra tensors to carry (token embeddings), and how many are left out.
+
+    Those of PEFT are the state of a training method and hold for one input's factors only; of other dialects, those
+    that one input of the first one's dialect has, or all have alike, are kept.
+    """
+    kept: dict[str, Tensor] = {}
+    everything = [(k, t, a.origin.dialect) for a in adapters for k, t in a.extra.items()]
+    clash = set()
+    for key, t, dialect in everything:
+        if dialect == "peft" or dialect != adapters[0].origin.dialect or not torch.equal(kept.setdefault(key, t), t):
+            clash.add(key)
+    return {k: t for k, t in kept.items() if k not in clash}, len(clash)
 
 
 def _agree(x: Any, y: Any) -> bool:

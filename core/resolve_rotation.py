@@ -21,14 +21,17 @@ def skew(upper: Tensor) -> Tensor:
 
 
 def neumann(s: Tensor, terms: int) -> Tensor:
-    """Return I + 2S + 2S^2 + ... + 2S^(k-2) + S^(k-1), the truncated series of (I + S)(I - S)^-1 with k terms."""
-    eye = torch.eye(s.shape[-1], dtype=s.dtype)
-    r = eye.expand_as(s).clone()
-    if terms == 2:
-        return r + 2 * s
+    """Return I + 2S + 2S^2 + ... + 2S^(k-2) + S^(k-1), the truncated series of (I + S)(I - S)^-1 with k terms.
+
+    As PEFT runs it: the last term counts once only from the cube on, so 2 terms are I + 2S, and 3 terms are 4.
+    """
+    r = torch.eye(s.shape[-1], dtype=s.dtype).expand_as(s).clone()
+    if terms <= 2:
+        return r + 2 * (terms - 1) * s
     power = s
-    for k in range(1, terms):
-        r += power if k == terms - 1 else 2 * power
+    last = max(terms, 4) - 1
+    for k in range(1, last + 1):
+        r += power if k == last else 2 * power
         power = power @ s
     return r
 
@@ -108,3 +111,8 @@ def road(delta: NeedsBase, w0: Tensor) -> BaseFree:
     halves = w.reshape(out // g, 2, g // 2, -1)
     turned = torch.stack([-halves[:, 1], halves[:, 0]], 1).reshape(w.shape)
     return Dense((f[:, None] * w + t[:, None] * turned - w).reshape(w0.shape), 1.0, tuple(w0.shape))
+
+
+def road_bias(delta: NeedsBase, w0: Tensor, b0: Tensor) -> BaseFree:
+    """b' = R b: outputs are turned after the bias is added."""
+    return road(delta, b0)

@@ -32,6 +32,13 @@ def ia3(delta: NeedsBase, w0: Tensor) -> BaseFree:
     return Dense((_along(delta.tensors["l"], axis, w0.dim()) - 1) * w0.double(), 1.0, tuple(w0.shape))
 
 
+def ia3_bias(delta: NeedsBase, w0: Tensor, b0: Tensor) -> BaseFree | None:
+    """b' = l o b where outputs are scaled; inputs leave the bias alone."""
+    if int(delta.config["axis"]):
+        return None
+    return Dense((delta.tensors["l"].double().reshape(-1) - 1) * b0.double(), 1.0, tuple(b0.shape))
+
+
 def hira(delta: NeedsBase, w0: Tensor) -> BaseFree:
     """W' = W0 o (1 + B A). HiRA, ICLR 2025."""
     if delta.inner is None:
@@ -45,13 +52,10 @@ def glora(delta: NeedsBase, w0: Tensor) -> BaseFree:
     return Dense((w0 * _path(delta, "A") + _path(delta, "B")).expand_as(w0).contiguous(), 1.0, tuple(w0.shape))
 
 
-def glora_bias(delta: NeedsBase, b0: Tensor) -> BaseFree:
-    """b' = b + b o D + E + W0 C, with `weight` (W0) bound beside the tensors."""
-    b0, w0 = b0.double(), delta.tensors["weight"].double()
-    c = _path(delta, "C")
-    if isinstance(c, Tensor) and c.numel() != w0.shape[1] and c.numel() == w0.shape[0]:
-        w0 = w0.mT  # a Conv1D weight is stored (in, out)
-    mixed = (w0 @ c).reshape(-1) if isinstance(c, Tensor) else 0.0
+def glora_bias(delta: NeedsBase, w0: Tensor, b0: Tensor) -> BaseFree | None:
+    """b' = b + b o D + E + W0 C."""
+    b0, c = b0.double(), _path(delta, "C")
+    mixed = (w0.double() @ c).reshape(-1) if isinstance(c, Tensor) else 0.0
     return Dense((b0 * _path(delta, "D") + _path(delta, "E") + mixed).expand_as(b0).contiguous(), 1.0, tuple(b0.shape))
 
 

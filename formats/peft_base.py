@@ -39,10 +39,7 @@ def ia3(out: Read, module: str, tensors: Mapping[str, Tensor], config: Config) -
     if width not in scaling.shape:
         raise FormatError(f"{module}.ia3_l: shape {tuple(scaling.shape)}, expected one vector")
     shape = (0, width, *[0] * (dims - 2)) if inputs else (width, *[0] * (dims - 1))
-    flat = {"l": scaling.reshape(-1)}
-    out.deltas[f"{module}.weight"] = NeedsBase("ia3", flat, {"axis": int(inputs)}, shape)
-    if not inputs:
-        out.deltas[f"{module}.bias"] = NeedsBase("ia3", flat, {"axis": 0, "optional": True}, (width,))
+    out.deltas[f"{module}.weight"] = NeedsBase("ia3", {"l": scaling.reshape(-1)}, {"axis": int(inputs)}, shape)
 
 
 def _feedforward(module: str, scaling: Tensor, config: Config) -> bool:
@@ -111,9 +108,7 @@ def road(out: Read, module: str, tensors: Mapping[str, Tensor], config: Config) 
         raise UnsupportedError(f"ROAD variant {variant} is not known (known: road_1, road_2, road_4)")
     width = theta.numel() * half // 2
     settings = {"variant": variant, "group": int(number(config, "group_size", config.get("group_size", 64)))}
-    parts = {"theta": theta, "alpha": alpha}
-    out.deltas[f"{module}.weight"] = NeedsBase("road", parts, settings, (width, 0))
-    out.deltas[f"{module}.bias"] = NeedsBase("road", parts, settings | {"optional": True}, (width,))
+    out.deltas[f"{module}.weight"] = NeedsBase("road", {"theta": theta, "alpha": alpha}, settings, (width, 0))
 
 
 def hira(out: Read, module: str, tensors: Mapping[str, Tensor], config: Config) -> None:
@@ -142,16 +137,11 @@ def glora(out: Read, module: str, tensors: Mapping[str, Tensor], config: Config)
     if any(not n.startswith(tuple(f"{x}." for x in "ABCDE")) for n in paths):
         raise UnsupportedError(f"{module}: {', '.join(sorted(tensors))} are not all known GLoRA paths")
     live = {n: t for n, t in paths.items() if not n.endswith("zeros")}
-    on_weight, on_bias = ({n: t for n, t in live.items() if n[0] in letters} for letters in ("AB", "CDE"))
     shapes: list[tuple[int, ...]] = [(paths[f"{x}.Xd"].shape[0], paths[f"{x}.Xu"].shape[1]) for x in "AB"
                                      if f"{x}.Xd" in paths]
     shapes += [tuple(paths[f"{x}.zeros"].shape) for x in "AB" if f"{x}.zeros" in paths]
     width = shapes[0] if shapes else (0, 0)
-    if on_weight:
-        out.deltas[f"{module}.weight"] = NeedsBase("glora", on_weight, {}, width)
-    if on_bias:
-        settings = {"with": {"weight": f"{module}.weight"}, "optional": True}
-        out.deltas[f"{module}.bias"] = NeedsBase("glora_bias", on_bias, settings, (width[0],))
+    out.deltas[f"{module}.weight"] = NeedsBase("glora", live, {}, width)
 
 
 def deft(out: Read, module: str, tensors: Mapping[str, Tensor], config: Config) -> None:
@@ -216,11 +206,13 @@ def frod(modules: Modules, config: Config) -> Read:
         category = module.rpartition(".")[2]
         if f"frod_V.{category}" not in shared or f"frod_s_indices.{category}" not in shared:
             raise UnsupportedError(f"{module}: frod_V.{category} is not stored (save_projection was off)")
-        v, indices = shared[f"frod_V.{category}"], shared[f"frod_s_indices.{category}"]
+        names = {"V": f"frod_V.{category}", "indices": f"frod_s_indices.{category}"}
+        v, indices = (shared[n] for n in names.values())
         expect(module, f"frod_V.{category}", v, l.numel(), l.numel())
         expect(module, f"frod_s_indices.{category}", indices, 2, values.numel())
-        parts = {"l": l, "values": values, "V": v, "indices": indices}
-        out.deltas[f"{module}.weight"] = NeedsBase("frod", parts, {}, (0, l.numel()))
+        out.extra |= {n: shared[n] for n in names.values()}
+        parts = {"l": l, "values": values}
+        out.deltas[f"{module}.weight"] = NeedsBase("frod", parts, {"shared": names}, (0, l.numel()))
     for name in [n for n in shared if n.startswith(("frod_V.", "frod_s_indices.", "frod_s_size."))]:
         del shared[name]
     return out

@@ -16,6 +16,9 @@ from adaptc.formats import peft_scale
 # Switches of stored forms that reading writes out.
 _FOLDED = ("use_qalora", "use_bdlora", "enable_lora")
 _STATES = ("monteclora_config", "velora_config")
+# Base-dependent kinds that PEFT keeps as a LoRA pair: the config field that declares them, and its value without.
+MOVED: dict[str, tuple[str, Any]] = {
+    "pissa": ("init_lora_weights", True), "olora": ("init_lora_weights", True), "kasa": ("kasa_config", None)}
 
 
 @dataclass
@@ -58,10 +61,15 @@ def config_of(adapter: Adapter, draft: Draft, bias: bool, state: bool) -> dict[s
     if draft.parameters or config.get("target_parameters"):
         config["target_parameters"] = _parameters(config.get("target_parameters") or [], draft)
     _carry(adapter, draft, config)
-    dora = any(isinstance(d, NeedsBase) and d.kind == "dora" for d in adapter.deltas.values())
-    for name, value in (("use_dora", dora), ("lora_bias", bias)):
+    kinds = {d.kind for d in adapter.deltas.values() if isinstance(d, NeedsBase)}
+    for name, value in (("use_dora", "dora" in kinds), ("lora_bias", bias)):
         if value or config.get(name):
             config[name] = value
+    for kind, (name, plain) in MOVED.items():  # left standing, the field would have PEFT move the base again
+        value = config.get(name)
+        declared = str(value).lower() == kind if name == "init_lora_weights" else value is not None
+        if declared and kind not in kinds:
+            config[name] = plain
     for name in _FOLDED:
         if config.get(name):
             del config[name]

@@ -21,7 +21,7 @@ def vera(modules: Modules, config: Mapping[str, Any]) -> Read:
     out = Read()
     for module, tensors in modules.tuned.items():
         lambda_b, lambda_d = take(module, tensors, ["vera_lambda_b", "vera_lambda_d"])
-        _vera(out, module, lambda_b, lambda_d, a, b)
+        _vera(out, module, lambda_b, lambda_d, {"a": ("vera_A", a), "b": ("vera_B", b)})
     return out
 
 
@@ -35,18 +35,21 @@ def pvera(modules: Modules, config: Mapping[str, Any]) -> Read:
     for module, tensors in modules.tuned.items():
         lambda_b, lambda_d = take(module, tensors, ["pvera_lambda_b", "pvera_lambda_d"])
         expect(module, "pvera_lambda_d", lambda_d, 2 * r)
-        _vera(out, module, lambda_b, lambda_d[:r], a[:r], b)
+        _vera(out, module, lambda_b, lambda_d[:r], {"a": ("pvera_A", a[:r]), "b": ("pvera_B", b)})
     out.notes.append("pvera: log-variances of the sampling are left out, as in inference")
     return out
 
 
-def _vera(out: Read, module: str, lambda_b: Tensor, lambda_d: Tensor, a: Tensor, b: Tensor) -> None:
+def _vera(out: Read, module: str, lambda_b: Tensor, lambda_d: Tensor, shared: Mapping[str, tuple[str, Tensor]]) -> None:
+    (_, a), (_, b) = shared["a"], shared["b"]
     expect(module, "lambda_b", lambda_b, None)
     expect(module, "lambda_d", lambda_d, a.shape[0])
     if lambda_b.numel() > b.shape[0]:
         raise FormatError(f"{module}: {lambda_b.numel()} outputs, the shared B has {b.shape[0]}")
-    parts = {"lambda_b": lambda_b, "lambda_d": lambda_d, "a": a, "b": b}
-    out.deltas[f"{module}.weight"] = NeedsBase("vera", parts, {}, (lambda_b.numel(), 0))
+    parts = {"lambda_b": lambda_b, "lambda_d": lambda_d}
+    names = {n: key for n, (key, _) in shared.items()}
+    out.deltas[f"{module}.weight"] = NeedsBase("vera", parts, {"shared": names}, (lambda_b.numel(), 0))
+    out.extra |= dict(shared.values())
 
 
 def randlora(modules: Modules, config: Mapping[str, Any]) -> Read:
@@ -60,8 +63,9 @@ def randlora(modules: Modules, config: Mapping[str, Any]) -> Read:
                 raise FormatError(f"{module}.{name}: differs from the shared base.{name}")
         lam, gamma = take(module, tensors, ["randlora_lambda", "randlora_gamma"], ("randlora_A", "randlora_B"))
         expect(module, "randlora_lambda", lam, a.shape[0], gamma.shape[0])
-        parts = {"lambda": lam, "gamma": gamma, "a": a, "b": b}
-        out.deltas[f"{module}.weight"] = NeedsBase("randlora", parts, {"scale": scale}, (0, 0))
+        settings = {"scale": scale, "shared": {"a": "randlora_A", "b": "randlora_B"}}
+        out.deltas[f"{module}.weight"] = NeedsBase("randlora", {"lambda": lam, "gamma": gamma}, settings, (0, 0))
+    out.extra |= {"randlora_A": a, "randlora_B": b}
     return out
 
 

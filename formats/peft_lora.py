@@ -100,7 +100,7 @@ def _bound(module: str, tensors: Mapping[str, Tensor], inner: LowRank, axis: int
         if diag.shape != (inner.rank,):
             raise FormatError(f"{module}: lora_diag has shape {tuple(diag.shape)} for rank {inner.rank}")
         return NeedsBase("kasa", {"diag": diag}, {}, inner.shape, inner)
-    if config.get("kasa_config"):
+    if config.get("kasa_config") is not None:
         raise FormatError(f"{module}: kasa_config is set but lora_diag is missing")
     if init in ("pissa", "olora"):
         return NeedsBase(init, {}, {"scale": inner.scale}, inner.shape, inner)

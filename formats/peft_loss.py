@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping
 from typing import Any
 
@@ -10,10 +11,8 @@ from torch import Tensor
 from adaptc.adapter import Adapter
 from adaptc.delta import Delta, Hadamard, Kron, LowRank, NeedsBase, Sum
 from adaptc.formats import peft_scale
-from adaptc.formats.peft_config import module_of, own_config
+from adaptc.formats.peft_config import MOVED, module_of, own_config
 
-# Base-dependent kinds that PEFT keeps as a LoRA pair, and the config field that declares them.
-MOVED = {"pissa": "init_lora_weights", "olora": "init_lora_weights", "kasa": "kasa_config"}
 # Types that only replace parameters: written back as they came.
 VERBATIM = ("LN_TUNING", "TRAINABLE_TOKENS")
 
@@ -24,16 +23,17 @@ def losses(adapter: Adapter) -> list[str]:
         return []
     lost = [why for key, d in adapter.deltas.items() if (why := loss(adapter, key, d))]
     kept = {k: d for k, d in adapter.deltas.items() if d.nbytes and not is_bias(k, adapter.deltas)}
-    dora = [k for k, d in kept.items() if isinstance(d, NeedsBase) and d.kind == "dora"]
-    if dora and len(dora) < len(kept):
-        lost.append(f"DoRA on {len(dora)} modules but not on {len(kept) - len(dora)}: PEFT has one switch for all")
-    if dora and any(is_bias(k, adapter.deltas) for k in adapter.deltas):
+    kinds = Counter(d.kind for d in kept.values() if isinstance(d, NeedsBase) and d.kind in ("dora", *MOVED))
+    for kind, count in kinds.items():
+        if count < len(kept):
+            lost.append(f"{kind} on {count} modules but not on {len(kept) - count}: PEFT has one switch for all")
+    if "dora" in kinds and any(is_bias(k, adapter.deltas) for k in adapter.deltas):
         lost.append("DoRA beside bias changes: PEFT takes one or the other")
     if not any(_lora_shaped(d) for d in kept.values()):
         lost.append("no module has factors: PEFT has no LoRA without any")
-    gone = sorted({k.partition(".lora_")[0] for k in adapter.extra if k not in state_of(adapter)})
+    gone = len(adapter.extra) - len(state_of(adapter))
     if gone:
-        lost.append(f"training state of {len(gone)} modules, which fits the ranks before only")
+        lost.append(f"{gone} carried tensors that change no weight, or fit only the ranks of before")
     return lost
 
 
@@ -41,9 +41,9 @@ def loss(adapter: Adapter, key: str, delta: Delta) -> str:
     """Return why one delta cannot be written, "" when it can."""
     if isinstance(delta, NeedsBase) and delta.kind != "dora":
         config = own_config(adapter)
-        if delta.kind in MOVED and config is not None and config.get(MOVED[delta.kind]):
+        if delta.kind in MOVED and config is not None and config.get(MOVED[delta.kind][0]) is not None:
             return "" if _unmoved(key, delta, config) else f"{key}: {delta.kind} ties its rank to what the base lost"
-        return f"{key}: {delta.kind} needs the base weights, resolve it with --base first"
+        return f"{key}: {delta.kind} has no delta without the base weights (--base)"
     if is_bias(key, adapter.deltas):
         weight = adapter.deltas.get(_weight_of(key))
         if weight is None or not weight.nbytes:

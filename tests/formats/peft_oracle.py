@@ -11,6 +11,7 @@ from torch import Tensor
 import adaptc
 from adaptc.adapter import Adapter, Rows
 from adaptc.base import Base
+from adaptc.errors import NeedsError
 from adaptc.resolve import resolved
 
 CONV1D = ("c1d.weight",)  # the toy model's transformers Conv1D, stored (in, out)
@@ -26,11 +27,12 @@ class Held(Base):
         return key if key in self._held else None
 
     def __getitem__(self, key: str) -> Tensor:
+        if key not in self._held:
+            raise NeedsError(f"base has no parameter {key}")
         return self._held[key]
 
     def weight(self, key: str, shape: tuple[int, ...]) -> Tensor:
-        w = self._held[key]
-        return w.T if key in self._conv1d else super().weight(key, shape)
+        return self._held[key].T if key in self._conv1d else super().weight(key, shape)
 
 
 def merged(adapter: Adapter, base: Mapping[str, Tensor], conv1d: tuple[str, ...] = CONV1D) -> dict[str, Tensor]:
@@ -54,9 +56,13 @@ def merged(adapter: Adapter, base: Mapping[str, Tensor], conv1d: tuple[str, ...]
 
 
 def error(folder: Path) -> float:
-    """Return the largest error of any merged parameter: relative to its norm, or absolute where that is below 1."""
+    """Return the largest difference of any entry of any merged parameter, absolute or relative to the largest entry."""
     ref = torch.load(folder / "ref.pt", weights_only=True)
     made = merged(adaptc.load(folder), ref["base"])
     assert set(made) == set(ref["merged"])
-    errors = [float((made[k] - w.double()).norm()) / max(float(w.double().norm()), 1.0) for k, w in ref["merged"].items()]
-    return max(errors)
+    return distance(made, ref["merged"])
+
+
+def distance(x: Mapping[str, Tensor], y: Mapping[str, Tensor]) -> float:
+    """Return max |x - y| / max(1, max |y|) over all parameters of y."""
+    return max(float((x[k].double() - w.double()).abs().max()) / max(1.0, float(w.abs().max())) for k, w in y.items())

@@ -26,6 +26,8 @@ _GOALS = ("rank", "energy", "max_error", "size")
               help="Smallest ranks with the relative error of every dW within E.")
 @click.option("--size", metavar="BYTES", callback=lambda ctx, param, value: value and read_nbytes(value),
               help="Best ranks over all modules within this size of the whole output, as 2MiB or 500KB.")
+@click.option("--bits", type=float, metavar="B",
+              help="Then store that in B bits a parameter, as 1 or 0.5, in a container (see adaptc quantize).")
 @click.option("--method", type=click.Choice(["exact", "rsvd"]), default="exact", show_default=True,
               help="SVD of the small core, or randomised as LoRA-Squeeze has it.")
 @click.option("--oversample", type=click.IntRange(min=0), default=10, metavar="N", help="rsvd: extra directions.")
@@ -42,7 +44,7 @@ _GOALS = ("rank", "energy", "max_error", "size")
 @working
 @writing
 @speaking
-def command(source: str, output: str | None, to: str | None, dry_run: bool, alpha: float | None,
+def command(source: str, output: str | None, bits: float | None, to: str | None, dry_run: bool, alpha: float | None,
             dialect: str | None, base: str | None, jobs: int, device: str, allow_loss: bool, force: bool, voice: Voice,
             **given: Any) -> None:
     """Truncate every low-rank delta of IN optimally, without its base model.
@@ -53,20 +55,24 @@ def command(source: str, output: str | None, to: str | None, dry_run: bool, alph
     from adaptc.cli.account import account
     from adaptc.cli.reading import about, open_adapter, open_base
     from adaptc.cli.writing import target
-    from adaptc.passes import Context
+    from adaptc.passes import Context, Pipeline
     from adaptc.spec import build
 
     wanted = {k: v for k, v in given.items() if v not in (None, ())}
+    if bits is not None and "size" in wanted:
+        raise click.UsageError("--size with --bits are two budgets: adaptc quantize --size spends one on both")
     if not {*_GOALS, "dtype"} & set(wanted):
         raise click.UsageError("nothing to do: give --rank, --energy, --max-error or --size, or a --dtype to cast to")
     if wanted["method"] == "exact":
         wanted = {k: v for k, v in wanted.items() if k not in ("oversample", "power", "seed")}
-    step = build("truncate", wanted)
+    picks = {k: v for k, v in wanted.items() if k in ("include", "exclude")}
+    steps = [build("truncate", wanted), *([build("quantize", {"bits": bits, **picks})] if bits is not None else [])]
     opened = open_adapter(source, alpha, dialect)
-    place = target(opened, output, _tag(wanted), to, force)
+    tag = _tag(wanted) if bits is None else f"{_tag(wanted)}-b{bits:g}"
+    place = target(opened, output, tag, to or (None if bits is None else "adaptc"), force)
     ctx = Context(open_base(base), jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
-        outcome = step(opened.adapter, replace(ctx, progress=progress))
+        outcome = Pipeline(tuple(steps))(opened.adapter, replace(ctx, progress=progress))
         losses = place.losses(outcome.adapter, allow_loss)
     nbytes = place.size_of(outcome.adapter) if dry_run else place.write(outcome.adapter)
     account(voice, opened, outcome, place, nbytes, not dry_run, losses)

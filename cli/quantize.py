@@ -21,6 +21,9 @@ from adaptc.cli.render import Voice
 @click.option("--max-error", type=float, metavar="E", help="Fewest bits with the total relative error of dW within E.")
 @click.option("--size", metavar="BYTES", callback=lambda ctx, param, value: value and read_nbytes(value),
               help="Least error within this size of the whole output, as 40KB or 2MiB.")
+@click.option("--method", type=click.Choice(["rd", "affine", "nf4", "fp8", "bilora"]), default="rd", show_default=True,
+              help="One budget over everything (rd), or plain codes of each factor as it is.")
+@click.option("--group", type=click.IntRange(min=1), default=64, metavar="N", help="affine: values that share a scale.")
 @click.option("--rank", type=click.IntRange(min=1), metavar="N", help="First the best rank-N part of every module.")
 @click.option("--energy", type=float, metavar="E", help="First keep this share of ||dW||^2 in every module.")
 @click.option("--include", multiple=True, metavar="PATTERN",
@@ -32,8 +35,8 @@ from adaptc.cli.render import Voice
 @writing
 @speaking
 def command(source: str, output: str | None, dry_run: bool, bits: float | None, max_error: float | None,
-            size: int | None, rank: int | None, energy: float | None, include: tuple[str, ...],
-            exclude: tuple[str, ...], alpha: float | None, dialect: str | None, base: str | None, jobs: int,
+            size: int | None, method: str, group: int, rank: int | None, energy: float | None,
+            include: tuple[str, ...], exclude: tuple[str, ...], alpha: float | None, dialect: str | None, base: str | None, jobs: int,
             device: str, allow_loss: bool, force: bool, voice: Voice) -> None:
     """Store the deltas of IN in few bits and write a container.
 
@@ -50,12 +53,13 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
     picks = {k: v for k, v in (("include", include), ("exclude", exclude)) if v}
     wanted: dict[str, Any] = {"bits": bits, "max_error": max_error, "size": size}
     goal = {k: v for k, v in wanted.items() if v is not None}
-    if len(goal) != 1:
+    if len(goal) != 1 and method == "rd":
         raise click.UsageError(f"give one of --bits, --max-error and --size, not {len(goal) or 'none'}")
+    goal |= {"method": method, **({"group": group} if method == "affine" else {})}
     cut = {k: v for k, v in (("rank", rank), ("energy", energy)) if v is not None}
     steps = ([build("truncate", {**cut, **picks})] if cut else []) + [build("quantize", {**goal, **picks})]
     opened = open_adapter(source, alpha, dialect)
-    tag = short_nbytes(size) if size is not None else f"b{bits:g}" if bits is not None else f"err{max_error:g}"
+    tag = _tag(method, bits, max_error, size)
     place = target(opened, output, tag, "adaptc", force)
     weights = open_base(base)
     ctx = Context(weights, jobs=jobs, device=device, size_of=place.size_of)
@@ -65,3 +69,10 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
         losses = place.losses(outcome.adapter, allow_loss)
     nbytes = place.size_of(outcome.adapter) if dry_run else place.write(outcome.adapter)
     account(voice, opened, outcome, place, nbytes, not dry_run, losses)
+
+
+def _tag(method: str, bits: float | None, max_error: float | None, size: int | None) -> str:
+    """Return the part of the default output's name that says what was asked: b1, 40KB, err0.1, nf4, affine-b3."""
+    goal = short_nbytes(size) if size is not None else f"err{max_error:g}" if max_error is not None else ""
+    goal = f"b{bits:g}" if bits is not None else goal
+    return goal if method == "rd" else "-".join(p for p in (method, goal) if p)

@@ -119,6 +119,10 @@ class Pass(ABC):
         """Return the adapter after everything that is not per module; the default changes nothing."""
         return after
 
+    def remarks(self, before: Adapter, after: Adapter) -> tuple[str, ...]:
+        """Return facts about the result that belong in its report, one clause each."""
+        return ()
+
     def selected(self, adapter: Adapter) -> list[str]:
         """Return the keys this pass handles, after include and exclude patterns.
 
@@ -156,7 +160,7 @@ class Pass(ABC):
         deltas = {row.key: delta for delta, row in made}
         after = self.finish(adapter, adapter.with_deltas(deltas))
         step = Step(str(self), __version__, adapter.nbytes, after.nbytes, total_error(rows))
-        return Outcome(after.with_deltas(after.deltas, step), rows)
+        return Outcome(after.with_deltas(after.deltas, step), rows, self.remarks(adapter, after))
 
     def _module(self, key: str, before: Delta, settings: Mapping[str, Any]) -> tuple[Delta, Row]:
         if key not in settings:

@@ -195,7 +195,7 @@ def _factor(value: Any, held: list[Tensor]) -> Factor:
 
 
 def _check_low_rank(d: LowRank) -> None:
-    out_in = (d.shape[-2], d.shape[-1]) if d.a.dim() == 3 else (d.shape[0], math.prod(d.shape[1:]))  # type: ignore[union-attr]
+    out_in = (d.shape[-2], d.shape[-1]) if len(d.a.shape) == 3 else (d.shape[0], math.prod(d.shape[1:]))  # type: ignore[union-attr]
     if (d.b.shape[-2], d.a.shape[-1]) != out_in:
         raise FormatError(f"factors of {tuple(d.b.shape)} and {tuple(d.a.shape)} do not make shape {d.shape}")
     inner = tuple(d.core.shape[-2:]) if d.core is not None else (d.a.shape[-2], d.a.shape[-2])

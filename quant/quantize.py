@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import numpy as np
@@ -16,29 +16,45 @@ from adaptc.adapter import Adapter, Step
 from adaptc.coded import Coded
 from adaptc.delta import Delta, LowRank, NeedsBase
 from adaptc.errors import UsageError
-from adaptc.factor import decoded
+from adaptc.factor import Encoded, decoded
 from adaptc.lowrank import low_rank
 from adaptc.passes import Change, Context, Pass
+from adaptc.quant.baseline import sign_mean, truncation_nf4
 from adaptc.quant.rd import Budget, Module, encode
 from adaptc.quant.rd_code import RateDistortion
+from adaptc.registry import CODECS
+
+# Codecs of single factors, with the bit widths they have ("nf4" and "fp8" have one).
+WIDTHS: dict[str, tuple[int, ...]] = {"affine": (2, 3, 4, 8), "nf4": (4,), "fp8": (8,), "bilora": (1, 2, 4, 8)}
+METHODS = ("rd", *WIDTHS)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Quantize(Pass):
-    """Code every low-rank delta under one budget over all modules and singular directions (rate-distortion coding).
+    """Store every low-rank delta in few bits.
 
-    One of `bits` (stored bits of index and payload a source parameter, r (m + n) of every module), `max_error` (total
-    relative error of dW), or `size` (bytes of the whole file). The budget chooses ranks and bits together; the result
-    decodes to ordinary low-rank factors. Errors reported are those of the decoded factors. Method and byte format:
-    docs/rd-coding.md. Not for 3-D expert stacks and deltas without factors: they are left alone and named.
+    `method` "rd" (the default) is rate-distortion coding of all modules and singular directions under one budget, which
+    chooses ranks and bits together (docs/rd-coding.md): one of `bits` (stored bits of index and payload a source
+    parameter, r (m + n) of every module; fractions are natural), `max_error` (total relative error of dW), or `size`
+    (bytes of the whole file). "affine", "nf4", "fp8" and "bilora" code each factor as it is, `bits` being the width of
+    a code and `group` the values that share an affine scale; they are for consumers that want such codes, not for
+    budgets. Either way the result decodes to ordinary low-rank factors, and errors are those of the decoded factors.
+    3-D expert stacks and deltas without factors are left alone and named.
     """
 
     name: ClassVar[str] = "quantize"
     bits: float | None = None
     max_error: float | None = None
-    size: int | None = None
+    size: int | None = field(default=None, metadata={"unit": "bytes"})
+    method: str = "rd"
+    group: int = 64
 
     def __post_init__(self) -> None:
+        if self.method not in METHODS:
+            raise UsageError(f"method {self.method} is not one of {', '.join(METHODS)}")
+        if self.method in WIDTHS:
+            self._check_width()
+            return
         goals = [g for g in ("bits", "max_error", "size") if getattr(self, g) is not None]
         if len(goals) != 1:
             raise UsageError(f"quantize wants one of bits, max_error and size, got {' and '.join(goals) or 'none'}")
@@ -49,19 +65,26 @@ class Quantize(Pass):
         if self.size is not None and self.size < 1:
             raise UsageError(f"size is {self.size} bytes, must be positive")
 
+    def _check_width(self) -> None:
+        widths = WIDTHS[self.method]
+        if self.max_error is not None or self.size is not None:
+            raise UsageError(f"{self.method} has fixed widths and takes no max_error or size", hint="method rd does")
+        if self.bits not in widths and not (self.bits is None and len(widths) == 1):
+            raise UsageError(f"{self.method} has {' or '.join(map(str, widths))} bits, not {self.bits}")
+
     def handles(self, delta: Delta) -> bool:
         """Return whether `delta` (or the direction of a DoRA) is one pair of 2-D factors."""
         inner = delta.inner if isinstance(delta, NeedsBase) else delta
         if isinstance(inner, LowRank):
-            return decoded(inner.b).dim() == 2 and inner.rank > 0
+            return len(inner.b.shape) == 2 and inner.rank > 0
         return isinstance(inner, Coded)
 
     def plan(self, adapter: Adapter, ctx: Context) -> Mapping[str, Any]:
-        """Return the coded delta of every module: the budget is one, so the coding is too."""
+        """Return the coded delta of every module; with one budget, the coding is one too."""
         keys = self.selected(adapter)
+        if self.method in WIDTHS or not keys:
+            return dict.fromkeys(keys)
         modules = {k: _module(adapter.deltas[k]) for k in keys}
-        if not modules:
-            return {}
         shapes = {k: _inner(adapter.deltas[k]).shape for k in keys}
         if self.size is not None:
             code = self._fit_size(adapter, modules, shapes, ctx)
@@ -74,12 +97,13 @@ class Quantize(Pass):
         """Return the code that makes the whole file at most `size` bytes: coded for what the rest leaves over."""
         if ctx.size_of is None or self.size is None:
             raise UsageError("size needs a target format to count its headers")
+        measure = ctx.size_of
         step = Step(str(self), _version(), adapter.nbytes, adapter.nbytes, 1.23457e-05)
 
         def file_size(code: RateDistortion) -> int:
             deltas = {k: _with_inner(d, Coded(code, k, shapes[k])) if k in shapes else d
                       for k, d in adapter.deltas.items()}
-            return ctx.size_of(self.finish(adapter, adapter.with_deltas(deltas, step)))  # type: ignore[misc]
+            return measure(self.finish(adapter, adapter.with_deltas(deltas, step)))
 
         empty = RateDistortion(encode(modules, Budget(nbytes=1)))
         over = file_size(empty) - empty.code.nbytes
@@ -92,12 +116,49 @@ class Quantize(Pass):
         return code
 
     def delta(self, key: str, delta: Delta, setting: Any) -> Change:
-        """Return the planned code in place of the factors."""
-        return Change(_with_inner(delta, setting))
+        """Return the planned code in place of the factors, or each factor through its codec."""
+        if isinstance(setting, Coded):
+            return Change(_with_inner(delta, setting))
+        factors = low_rank(_inner(delta))
+        assert factors is not None
+        b, a = decoded(factors.b), decoded(factors.a)
+        core = decoded(factors.core) if factors.core is not None else None
+        made = LowRank(self._encode(a), self._encode(b), core, factors.scale, factors.shape)
+        return Change(_with_inner(delta, made))
+
+    def _encode(self, factor: Tensor) -> Encoded:
+        config: dict[str, Any] = {}
+        if len(WIDTHS[self.method]) > 1:
+            config["width"] = int(self.bits or 0)
+        if self.method == "affine":
+            config["group"] = self.group
+        made: Encoded = CODECS.get(self.method).encode(factor, **config)
+        return made
 
     def finish(self, before: Adapter, after: Adapter) -> Adapter:
         """Return the adapter marked to be written as a container."""
         return replace(after, origin=replace(after.origin, container="adaptc"))
+
+    def remarks(self, before: Adapter, after: Adapter) -> tuple[str, ...]:
+        """Return what the trivial schemes make of the same deltas: truncation + NF4 at the same bytes, sign * mean."""
+        done = [k for k, d in before.deltas.items() if d is not after.deltas[k]]
+        factors = {k: (torch.from_numpy(m.b), torch.from_numpy(m.a), m.scale)
+                   for k, m in ((k, _module(before.deltas[k])) for k in done)}
+        if not factors:
+            return ()
+        spent, params = stored_nbytes(after, done), sum(b.numel() + a.numel() for b, a, _ in factors.values())
+        nf4, naive = truncation_nf4(factors, spent), sign_mean(factors)
+        return (f"{8 * spent / params:.3g} bits a source parameter in {spent:,} bytes of codes; at the same bytes "
+                f"optimal truncation + NF4 has error {nf4.error:.3g}",
+                f"plain sign x mean would take {naive.nbytes:,} bytes and have error {naive.error:.3g}")
+
+
+def stored_nbytes(adapter: Adapter, keys: list[str]) -> int:
+    """Return the bytes that the deltas `keys` take in a container: codes with scales, and the index of joint codes."""
+    inner = [d.inner if isinstance(d, NeedsBase) else d for d in (adapter.deltas[k] for k in keys)]
+    joint = {id(d.code): d.code for d in inner if isinstance(d, Coded)}
+    return sum(s.numel() for c in joint.values() for s in c.streams.values()) + \
+        sum(d.nbytes for d in inner if d is not None and not isinstance(d, Coded))
 
 
 def _inner(delta: Delta) -> LowRank | Coded:
@@ -106,7 +167,7 @@ def _inner(delta: Delta) -> LowRank | Coded:
     return inner
 
 
-def _with_inner(delta: Delta, inner: Coded) -> Delta:
+def _with_inner(delta: Delta, inner: LowRank | Coded) -> Delta:
     return replace(delta, inner=inner) if isinstance(delta, NeedsBase) else inner
 
 

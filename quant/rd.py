@@ -90,19 +90,20 @@ def encode(modules: Mapping[str, Module], budget: Budget, weights: Mapping[str, 
 def _encode_nbytes(
     shapes: dict[str, tuple[int, int]], svds: list[Svd], weight: Doubles, spectra: Spectra, limit: int
 ) -> RDCode:
-    target, best = float(limit), RDCode(shapes, b"", b"")
-    for attempt in range(6):
+    target, best, lowest, code = float(limit), None, np.inf, None
+    for attempt in range(9):
         fit = fit_directions(svds, weight, allocate.for_bits(spectra, 8 * target))
-        if attempt < 3 and not 0.99 * limit <= fit.nbytes <= 1.002 * limit and fit.index.v:
-            target *= 0.999 * limit / fit.nbytes
-            continue
-        code = _pack(shapes, fit)
-        if best.nbytes <= code.nbytes <= limit:
-            best = code
-        if 0.99 * limit <= code.nbytes <= limit or not code.payload:
-            break
-        target *= 0.9985 * limit / code.nbytes
-    return best if best.payload else cut(code, limit)
+        nbytes = fit.nbytes
+        if attempt >= 4 or 0.985 * limit <= nbytes <= 1.004 * limit:  # worth the exact size
+            code = _pack(shapes, fit)
+            nbytes = code.nbytes
+            if nbytes <= limit and fit.error < lowest:
+                best, lowest = code, fit.error
+            if 0.985 * limit <= nbytes <= limit:
+                break
+        target *= 0.9985 * limit / nbytes
+    assert code is not None
+    return best or cut(code, limit)
 
 
 def _encode_error(

@@ -2,9 +2,9 @@
 
 Class c < FINE serves samples with standard deviation 2^((c - 1)/4) steps; a class above reuses the tables of the top
 octave and sends one more low bit of every level raw for each octave. Each line of `_TABLES` is a class: kmax, then the
-frequencies of |k| = 0, 1, 2, ... in the even grid / in the odd grid / of the leading part of a level with raw bits (k and
--k have the listed frequency each; frequencies of 1 at the end, up to kmax, are left out). Trained on a Gaussian source coded by `adaptc.quant.trellis`; part of the
-byte format, never to be edited: another table set is another codec id.
+frequencies of |k| = 0, 1, 2, ... in the even grid / in the odd grid / of the leading part of a level with raw bits (k
+and -k have the listed frequency each; frequencies of 1 at the end, up to kmax, are left out). Trained on a Gaussian
+source coded by `adaptc.quant.trellis`. They are part of the byte format: another table set is another codec id.
 """
 
 from __future__ import annotations

@@ -66,7 +66,6 @@ peft("cut-in-first-tensor", "truncated", lambda: whole()[:-300])
 peft("cut-by-one-byte", "truncated", lambda: whole()[:-1])
 peft("cut-after-header", "truncated", lambda: pack(entries(good())[0], b""))
 peft("trailing-bytes", "belong to nothing", lambda: whole() + b"\0" * 7)
-peft("only-zeros", "header is not JSON", b"\0" * 4096)
 # Headers that lie
 peft("header-of-4-exabytes", "header claims", lambda: pack(*entries(good()), length=2**62))
 peft("header-longer-than-file", "truncated", lambda: pack(*entries(good()), length=90_000_000))
@@ -131,7 +130,6 @@ peft("config-500-deep", "nested deeper", None, '{"peft_type": "LORA", "a":' + "[
 peft("config-17-mebibytes", "the limit is", None, json.dumps(patched(x="y" * (17 * 2**20))))
 peft("config-alpha-of-10000-digits", "not JSON", None,
      '{"peft_type": "LORA", "r": 4, "lora_alpha": 1' + "0" * 10_000 + "}")
-peft("config-alpha-of-400-digits", "not JSON", None, '{"peft_type": "LORA", "r": 4, "lora_alpha": 1' + "0" * 400 + "}")
 peft("config-alpha-infinite", "not a number", None, '{"peft_type": "LORA", "r": 4, "lora_alpha": 1e999}')
 peft("config-alpha-nan", "not a number", None, '{"peft_type": "LORA", "r": 4, "lora_alpha": NaN}')
 peft("config-alpha-1e300", "not fit", held({A: ramp(4, 16), B: ramp(12, 4) * 1e30}), patched(lora_alpha=1e300))

@@ -191,3 +191,27 @@ def wait(counter, count):
     while tl.atomic_add(counter, 0, sem="acquire", scope="gpu") < count:
         pass
     tl.debug_barrier()
+
+
+@triton.jit
+def announce(gate):
+    """Count this program among the producers of a gate: they live in the high half of its word."""
+    tl.debug_barrier()
+    tl.atomic_add(gate, 65536, sem="acq_rel", scope="gpu")
+
+
+@triton.jit
+def enter(gate, producers, consumers):
+    """Count this program among the consumers of a gate, in the low half, and spin until every producer has announced.
+
+    The last consumer to enter zeroes the gate once all producers have come, so a consumer that still spins reads zero:
+    its own count keeps the word above zero until then. One round trip when nobody has to wait.
+    """
+    seen = tl.atomic_add(gate, 1, sem="acq_rel", scope="gpu")
+    mine = seen % 65536
+    while (seen // 65536 < producers) & (seen >= 0):
+        seen = tl.atomic_add(gate, 0, sem="acquire", scope="gpu")
+        seen = tl.where(seen == 0, -1, seen)
+    if mine == consumers - 1:
+        tl.atomic_xchg(gate, 0, sem="release", scope="gpu")
+    tl.debug_barrier()

@@ -61,7 +61,7 @@ def launch(x: Tensor, weight: Weight, pool: Pool, rows: Batch, bias: Tensor | No
     if m <= MAX_ROWS:
         t = plan(m, n, k, weight.code)
         blocks, shrunk = -(-n // t.bn), slices * m * 16 * wide
-        room = scratch(x.device, 2 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
+        room = scratch(x.device, 1 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
         many_decode_kernel[(count * slices + blocks * t.split,)](
             x, *reads, *store, rows.runs, y, room.floats, room.floats[shrunk:], room.flags,
             m, count, x.stride(0), pool.pages.stride(0), **shared, **base, SLICES=slices, KQ=kq, SPLIT=t.split,

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from adaptc.kernels.prefill.triton import sort_columns
-from adaptc.kernels.tiles import arrive, base_tile, dot, dot_wide, signs, wait
+from adaptc.kernels.tiles import announce, arrive, base_tile, dot, dot_wide, enter, signs
 
 PAGE = tl.constexpr(512)
 
@@ -126,7 +126,7 @@ def many_decode_kernel(
     y,            # (M, N) contiguous
     shrunk,       # (SLICES, M, 16 WIDE) float32 scratch
     partial,      # (tiles, SPLIT, BN, BM) float32 scratch
-    flags,        # (2 + tiles,) int32, zero before and after
+    flags,        # (1 + tiles,) int32, zero before and after
     M, R, x_row, P_ROW,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S_ROW: tl.constexpr, S_COL: tl.constexpr, CODE: tl.constexpr,
     BIAS: tl.constexpr, WIDE: tl.constexpr, SLICES: tl.constexpr, KQ: tl.constexpr, SPLIT: tl.constexpr,
@@ -139,7 +139,7 @@ def many_decode_kernel(
     if pid < R * SLICES:
         shrink_run(x, pool, pool32, table, slot_scales, pages, runs, shrunk, pid // SLICES, pid % SLICES, M, x_row,
                    P_ROW, K, WIDE, KQ, BM, BQ, DT, HALF, PLANES, PLAIN)  # fmt: skip
-        arrive(flags)
+        announce(flags)
     else:
         tile = (pid - R * SLICES) // SPLIT
         split = (pid - R * SLICES) % SPLIT
@@ -152,21 +152,17 @@ def many_decode_kernel(
         last = True
         if SPLIT > 1:
             tl.store(partial + (tile * SPLIT + split) * (BN * BM) + here, acc, mask=rows[None, :] < M)
-            last = arrive(flags + 2 + tile) == SPLIT - 1
+            last = arrive(flags + 1 + tile) == SPLIT - 1
         if last:
+            enter(flags, R * SLICES, (N + BN - 1) // BN)
             if SPLIT > 1:
-                tl.debug_barrier()
                 acc = tl.zeros((BN, BM), dtype=tl.float32)
                 for s in tl.static_range(SPLIT):
                     acc += tl.load(partial + (tile * SPLIT + s) * (BN * BM) + here, mask=rows[None, :] < M, other=0.0,
                                    cache_modifier=".cg")  # fmt: skip
-                tl.store(flags + 2 + tile, 0)
-            wait(flags, R * SLICES)
+                tl.store(flags + 1 + tile, 0)
             acc = expand_runs(acc, pool, table, pages, runs, shrunk, 0, R, rows, tile * BN, M, P_ROW, N, WIDE, SLICES, BN,
                               BM, DT, HALF, PLANES, PLAIN)  # fmt: skip
-            if arrive(flags + 1) == (N + BN - 1) // BN - 1:
-                tl.store(flags, 0)
-                tl.store(flags + 1, 0)
             if BIAS:
                 acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[:, None]
             out = y + rows[None, :].to(tl.int64) * N + cols[:, None]

@@ -32,16 +32,16 @@ class Plan:
     stages: int
 
 
-def plan(m_rows: int, n: int, k: int, code: str, programs: int = 528) -> Plan:
-    """Choose tiles that give about `programs` programs: four for each of an H100's 132 multiprocessors."""
+def plan(m_rows: int, n: int, k: int, code: str, programs: int = 264) -> Plan:
+    """Choose tiles that give about `programs` programs: two for each of an H100's 132 multiprocessors."""
     padded = -(-k // BLOCK) * BLOCK
     bm = 16 if m_rows <= 16 else 32 if m_rows <= 32 else 64
-    bn, bk = 64, 128 if code != "plain" else 128
+    bn, bk = 64, 128
     tiles = -(-n // bn)
-    split = max(1, min(programs // tiles, padded // 512, 16))
+    split = max(1, min(programs // tiles, padded // 512, 8))
     ks = -(-padded // (split * bk)) * bk
     split = -(-padded // ks)
-    kq = max(256, -(-k // (16 * 128)) * 128)
+    kq = max(512, -(-k // (8 * 128)) * 128)
     return Plan(bm, bn, bk, split, ks, -(-k // kq), kq, 128, 4, 4)
 
 
@@ -85,7 +85,7 @@ def launch(
     tp = 0 if adapter is None else adapter.core.shape[1]
     blocks, slices = -(-n // t.bn), 0 if adapter is None else t.slices
     shrunk = slices * t.bm * tp
-    room = scratch(x.device, 2 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
+    room = scratch(x.device, 1 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
     scales = x if weight.scales is None else weight.scales
     decode_kernel[(slices + blocks * t.split,)](
         x, codes(weight), scales, lookup_table(weight, x.device), x if bias is None else bias,
@@ -95,7 +95,7 @@ def launch(
         N=n, K=k, KP=k if weight.scales is None else weight.data.shape[1] * 2,
         S_ROW=scales.stride(0), S_COL=scales.stride(1), CODE=CODES[weight.code], BIAS=bias is not None, GAIN=gain is not None,
         TQ=16 if adapter is None else adapter.core.shape[0], TP=tp, PACKED=adapter is not None and adapter.packed,
-        SLICES=slices, KQ=t.kq, SPLIT=t.split, KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, BQ=t.bq,
+        SLICES=slices, KQ=t.kq, SPLIT=t.split, KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, BQ=t.bq if tp <= 64 else 32,
         DT=compute_type(x), ASM=permutes(x) and weight.code != "plain", num_warps=t.warps, num_stages=t.stages,
     )  # fmt: skip
     return y

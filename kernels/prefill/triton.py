@@ -45,9 +45,12 @@ def shrink_kernel(
             ks = k_lo + k + tl.arange(0, BQ)
             xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
             h = dot(xt.to(DT), factor_tile(q, ks, K, BQ, TQ, PACKED, SLICES * KQ == K, DT), h, DT)
-        c = tl.load(core + tl.arange(0, TQ)[:, None] * TP + tl.arange(0, TP)[None, :]) * scale
-        at = (tl.program_id(1) * M + rows[:, None]) * TP + tl.arange(0, TP)[None, :]
-        tl.store(shrunk + at, dot_wide(h, c, DT), mask=rows[:, None] < M)
+        WIDTH: tl.constexpr = min(TP, 64 if TQ < 128 else 32)
+        for first in tl.static_range(0, TP, WIDTH):  # in parts: a core of 256 x 256 would fill shared memory
+            t = first + tl.arange(0, WIDTH)[None, :]
+            c = tl.load(core + tl.arange(0, TQ)[:, None] * TP + t) * scale
+            to = shrunk + (tl.program_id(1) * M + rows[:, None]) * TP + t
+            tl.store(to, dot_wide(h, c, DT), mask=rows[:, None] < M)
 
 
 @triton.jit

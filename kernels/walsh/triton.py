@@ -58,17 +58,16 @@ def walsh_kernel(
             tl.store(spectrum + row * K + at + i, v * norm)
         arrive(flags)
     elif pid < chunks + slabs:
-        task = pid - chunks
-        start = (task // SLABS).to(tl.int64) * (ORDER * LENGTH) + (task % SLABS) * SLAB
+        slab = pid - chunks
+        start = (slab // SLABS).to(tl.int64) * (ORDER * LENGTH) + (slab % SLABS) * SLAB
         j = start + tl.arange(0, SLAB)
         out = tl.arange(0, PADDED)
         wait(flags, chunks)
-        acc = tl.zeros((PADDED, SLAB), dtype=tl.float32)
+        across = tl.zeros((PADDED, SLAB), dtype=tl.float32)  # no name of the next branch: Triton merges their types
         for k in range(ORDER):
             sign = tl.load(had + out * ORDER + k, mask=out < ORDER, other=0.0)
-            acc += sign[:, None] * tl.load(half + j + k * LENGTH, cache_modifier=".cg")[None, :]
-        to = spectrum + out[:, None] * LENGTH + j[None, :]
-        tl.store(to, acc * norm, mask=(out < ORDER)[:, None])
+            across += sign[:, None] * tl.load(half + j + k * LENGTH, cache_modifier=".cg")[None, :]
+        tl.store(spectrum + out[:, None] * LENGTH + j[None, :], across * norm, mask=(out < ORDER)[:, None])
         arrive(flags + 1)
     elif N > 0:
         task = pid - chunks - slabs

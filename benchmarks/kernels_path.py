@@ -1,0 +1,17 @@
+"""Make `import adaptc` work from a checkout that is not installed: a folder of links with the installed layout."""
+
+from __future__ import annotations
+
+import importlib.util
+import sys
+import tempfile
+from pathlib import Path
+
+if importlib.util.find_spec("adaptc") is None:
+    root, made = Path(__file__).resolve().parents[1], Path(tempfile.mkdtemp()) / "adaptc"
+    made.mkdir()
+    for entry in (root / "core").iterdir():
+        (made / entry.name).symlink_to(entry)
+    for name in ("squeeze", "quant", "prune", "kernels", "formats", "cli"):
+        (made / name).symlink_to(root / name)
+    sys.path.insert(0, str(made.parent))

@@ -1,7 +1,6 @@
 """Weights that PEFT types store as a few coefficients: rebuilt on demand, never kept dense.
 
-Each class is a codec (see adaptc.factor.Encoded) that only decodes: the coefficients were trained as such, and a weight
-in general has none.
+Each class is a codec (see adaptc.factor.Encoded) that only decodes: the coefficients are what was trained.
 """
 
 from __future__ import annotations
@@ -11,6 +10,8 @@ from typing import ClassVar
 
 import torch
 from torch import Tensor
+
+from adaptc.errors import FormatError
 
 
 class Fourier:
@@ -35,6 +36,8 @@ class Haar:
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
         out, n = shape
+        if out % 2 or n % 2:
+            raise FormatError(f"haar: {out} x {n} has an odd side")
         q = _scattered(streams, shape).reshape(2, out // 2, 2, n // 2).permute(0, 2, 1, 3)
         (ca, ch), (cv, cd) = q[0], q[1]
         rows = [torch.stack([ca + ch + cv + cd, ca + ch - cv - cd], -1),
@@ -49,8 +52,10 @@ class Circulant:
 
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
-        kernel = streams["kernel"].double()  # (out/b, in/b, b)
+        kernel = _stream(streams, "kernel", "circulant", 3).double()  # (out/b, in/b, b)
         b = kernel.shape[-1]
+        if (kernel.shape[0] * b, kernel.shape[1] * b) != tuple(shape):
+            raise FormatError(f"circulant: kernel {tuple(kernel.shape)} does not make {tuple(shape)}")
         turn = (torch.arange(b)[None, :] - torch.arange(b)[:, None]) % b
         return (kernel[..., turn].permute(0, 2, 1, 3).reshape(shape) / shape[1]).to(dtype)
 
@@ -66,13 +71,27 @@ class RandLora:
 
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
-        a, b, lam, gamma = (streams[k].double() for k in ("a", "b", "lambda", "gamma"))
+        dims = {"a": 2, "b": 3, "lambda": 2, "gamma": 2}
+        a, b, lam, gamma = (_stream(streams, k, "randlora", d).double() for k, d in dims.items())
+        (r, short), (long, nb, _) = a.shape, b.shape
+        if (b.shape[2], *lam.shape, *gamma.shape) != (r, r, nb, nb, short) or {long, short} != set(shape):
+            raise FormatError(f"randlora: bases of rank {r} over {long} and {short} do not make {tuple(shape)}")
         right = (lam[:, :, None] * a[:, None, :] * gamma[None]).flatten(0, 1)  # (r nb, short)
         left = b.flatten(1)  # (long, nb r)
         return (left @ right if shape[1] == right.shape[1] else right.mT @ left.mT).to(dtype)
 
 
 def _scattered(streams: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    s = torch.zeros(torch.Size(shape).numel(), dtype=torch.float64)
-    s[streams["indices"]] = streams["values"].double()
+    indices, values = _stream(streams, "indices", "spectrum", 1), _stream(streams, "values", "spectrum", 1)
+    size = torch.Size(shape).numel()
+    if indices.shape != values.shape or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size):
+        raise FormatError(f"spectrum: {indices.numel()} indices and {values.numel()} values do not fit {tuple(shape)}")
+    s = torch.zeros(size, dtype=torch.float64)
+    s[indices.long()] = values.double()
     return s.reshape(shape)
+
+
+def _stream(streams: Mapping[str, Tensor], name: str, codec: str, dims: int) -> Tensor:
+    if name not in streams or streams[name].dim() != dims:
+        raise FormatError(f"{codec}: stream {name} is missing or has not {dims} dimensions")
+    return streams[name]

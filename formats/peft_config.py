@@ -66,8 +66,8 @@ def config_of(adapter: Adapter, draft: Draft, bias: bool, state: bool) -> dict[s
         if value or config.get(name):
             config[name] = value
     for kind, (name, plain) in MOVED.items():  # left standing, the field would have PEFT move the base again
-        value = config.get(name)
-        declared = str(value).lower() == kind if name == "init_lora_weights" else value is not None
+        given = config.get(name)
+        declared = str(given).lower() == kind if name == "init_lora_weights" else given is not None
         if declared and kind not in kinds:
             config[name] = plain
     for name in _FOLDED:

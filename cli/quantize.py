@@ -36,8 +36,8 @@ from adaptc.cli.render import Voice
 @speaking
 def command(source: str, output: str | None, dry_run: bool, bits: float | None, max_error: float | None,
             size: int | None, method: str, group: int, rank: int | None, energy: float | None,
-            include: tuple[str, ...], exclude: tuple[str, ...], alpha: float | None, dialect: str | None, base: str | None, jobs: int,
-            device: str, allow_loss: bool, force: bool, voice: Voice) -> None:
+            include: tuple[str, ...], exclude: tuple[str, ...], alpha: float | None, dialect: str | None,
+            base: str | None, jobs: int, device: str, allow_loss: bool, force: bool, voice: Voice) -> None:
     """Store the deltas of IN in few bits and write a container.
 
     One budget is spent over all modules and singular directions at once: it chooses ranks and bits together. The

@@ -42,7 +42,7 @@ class Diffusers(SafetensorsFile):
             return Evidence(3, f"metadata has {ADAPTER_METADATA}")
         for key in source.tensors:
             found = parse_key(key)
-            if found and found[1] == "a" and (component_of(key) or is_bare(key)):
+            if found and found[1] in ("a", "b") and (component_of(key) or is_bare(key)):
                 return Evidence(2, f"key {key}")
             if _is_xlabs(key):
                 return Evidence(2, f"key {key}")

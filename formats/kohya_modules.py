@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.coded import Coded
 from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sum
 from adaptc.errors import FormatError, UnsupportedError
 from adaptc.factor import Factor, decoded
@@ -156,7 +157,7 @@ def has_factors(delta: BaseFree) -> bool:
     """Return whether `delta` has exact low-rank factors, without computing them."""
     if isinstance(delta, Sum):
         return all(has_factors(t) for t in delta.terms)
-    return isinstance(delta, (LowRank, Kron, Hadamard))
+    return isinstance(delta, (LowRank, Kron, Hadamard, Coded))
 
 
 def without_core(delta: LowRank) -> LowRank:

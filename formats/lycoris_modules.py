@@ -122,7 +122,7 @@ def _factored(stem: str, tensors: Mapping[str, Tensor], name: str, core_name: st
     if core.dim() < 3 or core.shape[:2] != (a.shape[0], b.shape[0]):
         raise FormatError(f"{stem}: {core_name} has shape {tuple(core.shape)} between {tuple(a.shape)} "
                           f"and {tuple(b.shape)}")
-    return LowRank(tucker.fold(core, b), a.mT, None, 1.0, (a.shape[1], b.shape[1], *core.shape[2:]))
+    return LowRank(tucker.fold(core, b), a.mT.contiguous(), None, 1.0, (a.shape[1], b.shape[1], *core.shape[2:]))
 
 
 def write_delta(delta: Delta, norm: bool) -> tuple[dict[str, Tensor], float, int]:

@@ -28,7 +28,7 @@ demo: $(VENV)/run  ## compress the bundled adapter and show the result
 	@$(PY) examples/demo.py
 
 test: $(VENV)/test  ## run the tests (no GPU, no downloads)
-	$(PY) -m pytest -n 2
+	$(PY) -m pytest -n 2 -m "not shared"
 
 # mypy resolves the folders as adaptc.* only when their files are linked into place, so this installs them that way.
 check: $(VENV)/dev  ## lint, types, and the slow checks
@@ -39,7 +39,11 @@ check: $(VENV)/dev  ## lint, types, and the slow checks
 corpus: $(VENV)/test  ## read every reference adapter, rebuild every oracle (needs ADAPTC_SHARED or ../shared)
 	$(PY) -m pytest -n 2 -m shared -rs
 
-bench: $(VENV)/test  ## compare speed and memory against the usual tools, in one run
+$(VENV)/bench: $(VENV)/test
+	$(PIP) -e '.[bench]'
+	@touch $@
+
+bench: $(VENV)/bench  ## compare speed and memory against the usual tools, in one run
 	$(PY) benchmarks/compress.py
 
 dev: $(VENV)/dev  ## set up for working on adaptc: linter, types, hooks

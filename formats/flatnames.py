@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from functools import cache
 
 from adaptc.formats import ldm_names
@@ -137,6 +138,16 @@ def stem_of(module: str, several_encoders: bool) -> str:
     if component in prefixes and path:
         return prefixes[component] + flatten(path)
     return "lycoris_" + flatten(module)
+
+
+def has_several_encoders(keys: Iterable[str]) -> bool:
+    """Return whether these parameters belong to a model with more than one text encoder (SDXL, SD3, Flux, ...).
+
+    Told by a second encoder, by a transformer in the UNet's place, or by SDXL's deeper attention blocks: Stable
+    Diffusion 1 and 2 have one transformer block in each.
+    """
+    others = ("text_encoder_2.", "text_encoder_3.", "transformer.", "diffusion_model.")
+    return any(k.startswith(others) or (k.startswith("unet.") and ".transformer_blocks.1." in k) for k in keys)
 
 
 def kernel_of(module: str, columns: int, unet_width: int | None) -> tuple[int, ...]:

@@ -14,7 +14,7 @@ from adaptc.delta import Delta, LowRank, NeedsBase
 from adaptc.errors import FormatError
 from adaptc.formats import kohya_modules as modules
 from adaptc.formats.alpha import alpha_for, alpha_value, record_alpha, recorded_alpha
-from adaptc.formats.flatnames import PREFIXES, module_of, stem_of
+from adaptc.formats.flatnames import PREFIXES, has_several_encoders, module_of, stem_of
 from adaptc.formats.format import Content, Evidence, TensorsFile, read_history
 from adaptc.formats.kohya_metadata import NAMES_KEY, updated_metadata
 from adaptc.formats.safetensors_file import SafetensorsFile
@@ -170,7 +170,7 @@ class Kohya(SafetensorsFile):
     def _stems(self, adapter: Adapter) -> dict[str, str]:
         """Return parameter name -> kohya stem of every delta that stores anything."""
         mine = adapter.origin.names if adapter.origin.dialect in FLAT else {}
-        several = any(k.startswith(("text_encoder_2.", "text_encoder_3.")) for k in adapter.deltas)
+        several = has_several_encoders(adapter.deltas)
         return {k: mine.get(k) or stem_of(k.rpartition(".")[0], several) for k, d in adapter.deltas.items() if d.nbytes}
 
 

@@ -130,8 +130,8 @@ def test_stability_names_and_several_encoders_agree_with_diffusers(tmp_path: Pat
 
 def test_the_container_hands_a_dialect_back_as_it_came(tmp_path: Path) -> None:
     stem = "lora_unet_mid_block_resnets_0_conv1"
-    tucker = under(stem, lora_down=t(2, 6, 1, 1), lora_mid=t(2, 2, 3, 3), lora_up=t(7, 2, 1, 1), dora_scale=t(7, 1, 1, 1),
-                   alpha=torch.tensor([0.3], dtype=torch.float16))
+    tucker = under(stem, lora_down=t(2, 6, 1, 1), lora_mid=t(2, 2, 3, 3), lora_up=t(7, 2, 1, 1),
+                   dora_scale=t(7, 1, 1, 1), alpha=torch.tensor([0.3], dtype=torch.float16))
     norm = under("lora_unet_mid_block_resnets_0_norm1", w_norm=t(6), b_norm=t(6))
     source = put(tmp_path / "in.safetensors", {**tucker, **norm}, {"ss_network_module": "lycoris.kohya", "note": "x"})
     boxed = adaptc.load(adaptc.save(adaptc.load(source), tmp_path / "boxed.adaptc", dialect="adaptc"))

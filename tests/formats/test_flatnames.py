@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from adaptc.formats.flatnames import flatten, kernel_of, module_of, stem_of, unflatten
+from adaptc.formats.flatnames import flatten, has_several_encoders, kernel_of, module_of, stem_of, unflatten
 
 
 def blocks() -> list[str]:
@@ -111,3 +111,12 @@ def test_kernels_of_flat_convolutions() -> None:
     assert kernel_of("unet.down_blocks.0.attentions.0.proj_in", 640, 2048) == ()
     assert kernel_of("unet.down_blocks.0.resnets.0.conv1", 2881, 768) == ()
     assert kernel_of("text_encoder.text_model.conv1", 9, 768) == ()
+
+
+@pytest.mark.parametrize(("key", "several"), [
+    ("unet.mid_block.attentions.0.transformer_blocks.0.attn1.to_q.weight", False),
+    ("unet.mid_block.attentions.0.transformer_blocks.1.attn1.to_q.weight", True),
+    ("text_encoder.text_model.encoder.layers.0.mlp.fc1.weight", False), ("text_encoder_2.shared.weight", True),
+    ("transformer.transformer_blocks.0.attn.to_q.weight", True), ("diffusion_model.blocks.0.ffn.0.weight", True)])
+def test_models_with_several_encoders_are_told_by_their_names(key: str, several: bool) -> None:
+    assert has_several_encoders([key]) is several

@@ -22,7 +22,8 @@ from adaptc.report import compare, total_error
 HERE = Path(__file__).parent
 ADAPTER = HERE / "docstrings-adapter"
 ROWS = tuple((f"`{command} {option} {value}`", (command, option, value)) for command, option, value in (
-    ("compress", "--rank", "16"), ("compress", "--rank", "8"), ("compress", "--rank", "4"), ("compress", "--energy", "0.9"),
+    ("compress", "--rank", "16"), ("compress", "--rank", "8"), ("compress", "--rank", "4"),
+    ("compress", "--energy", "0.9"),
     ("quantize", "--method", "nf4"), ("quantize", "--bits", "2"), ("quantize", "--bits", "1"),
     ("quantize", "--bits", "0.5"), ("quantize", "--bits", "0.25")))
 START, END = "<!-- table: python examples/table.py --write README.md -->", "<!-- end of table -->"

@@ -5,13 +5,15 @@ Each class is a codec (see adaptc.factor.Encoded) that only decodes: the coeffic
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from adaptc.errors import FormatError
+from adaptc.formats.tucker import floats
 
 
 class Fourier:
@@ -19,8 +21,13 @@ class Fourier:
 
     id: ClassVar[str] = "fourier"
 
+    def check(self, streams: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        """Raise FormatError for coefficients that do not lie in this shape."""
+        _check_places(self.id, streams, shape)
+
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
+        self.check(streams, shape)
         made: Tensor = torch.fft.ifft2(_scattered(streams, shape)).real
         return made.to(dtype)
 
@@ -33,11 +40,16 @@ class Haar:
 
     id: ClassVar[str] = "haar"
 
+    def check(self, streams: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        """Raise FormatError for coefficients that do not lie in this shape, or a shape of odd sides."""
+        _check_places(self.id, streams, shape)
+        if shape[0] % 2 or shape[1] % 2:
+            raise FormatError(f"{self.id}: shape {tuple(shape)} has odd sides")
+
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
+        self.check(streams, shape)
         out, n = shape
-        if out % 2 or n % 2:
-            raise FormatError(f"haar: {out} x {n} has an odd side")
         q = _scattered(streams, shape).reshape(2, out // 2, 2, n // 2).permute(0, 2, 1, 3)
         (ca, ch), (cv, cd) = q[0], q[1]
         rows = [torch.stack([ca + ch + cv + cd, ca + ch - cv - cd], -1),
@@ -50,12 +62,18 @@ class Circulant:
 
     id: ClassVar[str] = "circulant"
 
+    def check(self, streams: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        """Raise FormatError for kernels that do not make this shape."""
+        (kernel,) = floats(self.id, streams, "kernel")
+        k = tuple(kernel.shape)
+        if len(k) != 3 or tuple(shape) != (k[0] * k[2], k[1] * k[2]):
+            raise FormatError(f"{self.id}: kernel {k} makes no {tuple(shape)}")
+
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
-        kernel = _stream(streams, "kernel", "circulant", 3).double()  # (out/b, in/b, b)
+        self.check(streams, shape)
+        kernel = streams["kernel"].double()  # (out/b, in/b, b)
         b = kernel.shape[-1]
-        if (kernel.shape[0] * b, kernel.shape[1] * b) != tuple(shape):
-            raise FormatError(f"circulant: kernel {tuple(kernel.shape)} does not make {tuple(shape)}")
         turn = (torch.arange(b)[None, :] - torch.arange(b)[:, None]) % b
         return (kernel[..., turn].permute(0, 2, 1, 3).reshape(shape) / shape[1]).to(dtype)
 
@@ -69,29 +87,45 @@ class RandLora:
 
     id: ClassVar[str] = "randlora"
 
+    def check(self, streams: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+        """Raise FormatError for bases and diagonals that do not fit each other or this shape."""
+        a, b, lam, gamma = (tuple(t.shape) for t in floats(self.id, streams, "a", "b", "lambda", "gamma"))
+        fits = len(a) == 2 and len(b) == 3 and sorted(shape) == [a[1], b[0]]
+        if not fits or lam != (a[0], b[1]) or gamma != (b[1], a[1]) or b[2] != a[0]:
+            raise FormatError(f"{self.id}: a {a}, b {b}, lambda {lam} and gamma {gamma} make no {tuple(shape)}")
+
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the weight (out, in)."""
-        dims = {"a": 2, "b": 3, "lambda": 2, "gamma": 2}
-        a, b, lam, gamma = (_stream(streams, k, "randlora", d).double() for k, d in dims.items())
-        (r, short), (long, nb, _) = a.shape, b.shape
-        if (b.shape[2], *lam.shape, *gamma.shape) != (r, r, nb, nb, short) or {long, short} != set(shape):
-            raise FormatError(f"randlora: bases of rank {r} over {long} and {short} do not make {tuple(shape)}")
+        self.check(streams, shape)
+        a, b, lam, gamma = (streams[k].double() for k in ("a", "b", "lambda", "gamma"))
         right = (lam[:, :, None] * a[:, None, :] * gamma[None]).flatten(0, 1)  # (r nb, short)
         left = b.flatten(1)  # (long, nb r)
         return (left @ right if shape[1] == right.shape[1] else right.mT @ left.mT).to(dtype)
 
 
+def _check_places(codec: str, streams: Mapping[str, Tensor], shape: Sequence[int]) -> None:
+    if set(streams) != {"indices", "values"} or len(shape) != 2:
+        raise FormatError(f"{codec}: streams are {', '.join(sorted(streams))[:80]} for shape {tuple(shape)}")
+    floats(codec, {"values": streams["values"]}, "values")
+    check_places(streams["indices"], streams["values"], shape)
+
+
+def check_places(indices: Tensor, values: Tensor, shape: Sequence[int]) -> None:
+    """Raise FormatError unless `indices` are int64, distinct, within `shape` as flat positions, one for each value."""
+    size = math.prod(shape)
+    if indices.dtype != torch.int64 or indices.dim() != 1 or indices.shape != values.shape:
+        raise FormatError(f"indices are {str(indices.dtype)[6:]} {tuple(indices.shape)}, expected int64 like the "
+                          f"values, {tuple(values.shape)}")
+    if not indices.numel():
+        return
+    ordered = indices if bool((indices[1:] > indices[:-1]).all()) else indices.sort().values
+    if int(ordered[0]) < 0 or int(ordered[-1]) >= size:
+        raise FormatError(f"indices run from {int(ordered[0])} to {int(ordered[-1])}, outside of shape {tuple(shape)}")
+    if bool((ordered[1:] == ordered[:-1]).any()):
+        raise FormatError("an index is there twice")
+
+
 def _scattered(streams: Mapping[str, Tensor], shape: tuple[int, ...]) -> Tensor:
-    indices, values = _stream(streams, "indices", "spectrum", 1), _stream(streams, "values", "spectrum", 1)
-    size = torch.Size(shape).numel()
-    if indices.shape != values.shape or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max()) < size):
-        raise FormatError(f"spectrum: {indices.numel()} indices and {values.numel()} values do not fit {tuple(shape)}")
-    s = torch.zeros(size, dtype=torch.float64)
-    s[indices.long()] = values.double()
+    s = torch.zeros(math.prod(shape), dtype=torch.float64)
+    s[streams["indices"]] = streams["values"].double()
     return s.reshape(shape)
-
-
-def _stream(streams: Mapping[str, Tensor], name: str, codec: str, dims: int) -> Tensor:
-    if name not in streams or streams[name].dim() != dims:
-        raise FormatError(f"{codec}: stream {name} is missing or has not {dims} dimensions")
-    return streams[name]

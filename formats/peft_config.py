@@ -12,6 +12,7 @@ from torch import Tensor
 from adaptc.adapter import Adapter, Rows
 from adaptc.delta import NeedsBase
 from adaptc.formats import peft_scale
+from adaptc.formats.patterns import fits
 
 # Switches of stored forms that reading writes out.
 _FOLDED = ("use_qalora", "use_bdlora", "enable_lora")
@@ -56,8 +57,7 @@ def config_of(adapter: Adapter, draft: Draft, bias: bool, state: bool) -> dict[s
         "peft_type": "LORA", "task_type": origin.config.get("task_type") if peft else None, "bias": "none",
         "base_model_name_or_path": origin.base_model, "inference_mode": True, "fan_in_fan_out": False}
     config |= peft_scale.rules(draft.settings, config)
-    if mine is None or "target_modules" not in config:
-        config["target_modules"] = sorted(draft.modules)
+    config["target_modules"] = _targets(config.get("target_modules", []), draft.modules)
     if draft.parameters or config.get("target_parameters"):
         config["target_parameters"] = _parameters(config.get("target_parameters") or [], draft)
     _carry(adapter, draft, config)
@@ -97,6 +97,16 @@ def _carry(adapter: Adapter, draft: Draft, config: dict[str, Any]) -> None:
     config["modules_to_save"] = sorted(saved) or None
     if rows:
         config["trainable_token_indices"] = rows
+
+
+def _targets(given: Any, modules: list[str]) -> Any:
+    """Return target_modules as given where they cover every module, else with the missing paths."""
+    if given is None or given == "all-linear":  # rules that only the model can tell
+        return given
+    if isinstance(given, str):
+        return given if all(fits(f"^(?:{given})", m) for m in modules) else sorted(modules)
+    missing = [m for m in modules if not any(m == g or m.endswith(f".{g}") for g in given)]
+    return sorted({*given, *missing}) if missing else given
 
 
 def _parameters(given: Iterable[str], draft: Draft) -> list[str]:

@@ -31,7 +31,8 @@ def losses(adapter: Adapter) -> list[str]:
         lost.append("DoRA beside bias changes: PEFT takes one or the other")
     if not any(_lora_shaped(d) for d in kept.values()):
         lost.append("no module has factors: PEFT has no LoRA without any")
-    gone = len(adapter.extra) - len(state_of(adapter))
+    bound = [d.config.get("shared", {}).values() for d in adapter.deltas.values() if isinstance(d, NeedsBase)]
+    gone = len(adapter.extra.keys() - set().union(*bound) - state_of(adapter).keys())
     if gone:
         lost.append(f"{gone} carried tensors that change no weight, or fit only the ranks of before")
     return lost

@@ -150,6 +150,20 @@ def test_adapters_of_other_dialects_declare_their_heads(tmp_path: Path) -> None:
     assert distance(ours(whole), toy.reloaded(out)) <= 1e-6
 
 
+@pytest.mark.parametrize("targets", [["lin"], r".*\.lin|lin", "all-linear"])
+def test_modules_that_a_config_does_not_name_are_added_to_it(targets: Any, tmp_path: Path) -> None:
+    adapter = adaptc.load(toy.trained(tmp_path / "in", **BITS, target_modules=["lin"]))
+    more = LowRank(torch.randn(4, 12), torch.randn(10, 4), None, 1.5, (10, 12))
+    config = {**adapter.origin.config, "target_modules": targets}
+    joined = replace(adapter.with_deltas({**adapter.deltas, "lin2.weight": more}),
+                     origin=replace(adapter.origin, config=config))
+    out = adaptc.save(joined, tmp_path / "out")
+    if targets == "all-linear":
+        assert config_of(out)["target_modules"] == targets
+    else:
+        assert distance(ours(joined), toy.reloaded(out)) <= 1e-6
+
+
 def test_losses_are_named_before_anything_is_written(tmp_path: Path) -> None:
     dora = adaptc.load(toy.trained(tmp_path / "dora", **BITS, target_modules=["lin", "lin2"], use_dora=True))
     mixed = dora.with_deltas({**dora.deltas, "lin2.weight": dora.deltas["lin2.weight"].inner})  # type: ignore[union-attr]

@@ -127,8 +127,8 @@ def truncate(b: Tensor, a: Tensor, k: int, *, middle: Tensor | None = None, scal
     map_b, map_a = core.maps(k)
     orthonormal = core.q_b is not None and core.q_a is not None
     left_in, right_in = (core.q_b, core.q_a) if core.q_b is not None and core.q_a is not None else (b, a)
-    new_b, cross_b, own_b = _project(left_in, map_b, dtype)
-    new_at, cross_a, own_a = _project(right_in.mT, map_a.mT, dtype)
+    new_b, cross_b, own_b = project(left_in, map_b, dtype)
+    new_at, cross_a, own_a = project(right_in.mT, map_a.mT, dtype)
     new_a = new_at.mT.contiguous()
     total = float(core.s.square().sum())
     if total <= 0.0:
@@ -150,7 +150,7 @@ def truncate(b: Tensor, a: Tensor, k: int, *, middle: Tensor | None = None, scal
     return Stored(new_b, new_a, float((r_b @ r_a.mT).norm() / total**0.5))
 
 
-def _project(x: Tensor, to: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+def project(x: Tensor, to: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
     """Return y = x @ to in `dtype`, with x^T y and y^T y in float64, y as stored. x: (..., rows, r), to (..., r, k)."""
     y = x.new_empty(*x.shape[:-1], to.shape[-1], dtype=dtype)
     cross = to.new_zeros(*x.shape[:-2], x.shape[-1], to.shape[-1])

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptc.delta import BaseFree
 from adaptc.lowrank import low_rank
-from adaptc.squeeze.factored import check_finite, gram
+from adaptc.squeeze.factored import check_finite, gram, project
 
 # Past this bound on the condition number of a stacked factor, Cholesky bases lose orthogonality beyond 1e-8: then QR.
 CHOLESKY_LIMIT = 1e4
@@ -65,6 +65,17 @@ def absent(like: Part) -> Part:
 
 
 @dataclass(frozen=True, slots=True, eq=False)
+class Lifted:
+    """A pair as stored, b (m, k), a (k, n), with the small float64 products that measure it against stacked factors."""
+
+    b: Tensor
+    a: Tensor
+    cross_b: Tensor  # (R, k)  B^T b
+    cross_a: Tensor  # (R, k)  A a^T
+    own: float  # ||b a||^2
+
+
+@dataclass(frozen=True, slots=True, eq=False)
 class Joint:
     """Deltas dW_t = U M_t V^T with orthonormal U = b @ map_b (m, p) and V^T = map_a @ a (q, n), all float64 but b, a.
 
@@ -102,28 +113,36 @@ class Joint:
         """Return x @ V^T (k, n) for x (k, q)."""
         return (x @ self.map_a) @ self.a.double()
 
-    def lift(self, core: Tensor, k: int) -> tuple[Tensor, Tensor]:
-        """Return float64 (b', a') of the best rank-k part of U core V^T, sqrt(sigma) on both sides."""
+    def lift(self, core: Tensor, k: int, dtype: torch.dtype, scale: float = 1.0) -> Lifted:
+        """Return the best rank-k part of scale * U core V^T cast once to `dtype`, sqrt(sigma) on both sides."""
         u, s, vh = torch.linalg.svd(core, full_matrices=False)
         k = min(k, _count(s))
-        root = s[:k].sqrt()
-        return self.left(u[:, :k] * root), self.right(root[:, None] * vh[:k])
+        root = (s[:k] * abs(scale)).sqrt()
+        return self.keep(self.b, self.map_b @ (u[:, :k] * root), self.a,
+                         (root[:, None] * vh[:k]) @ self.map_a * math.copysign(1.0, scale), dtype)
 
-    def departure(self, target: Tensor, b: Tensor, a: Tensor) -> tuple[float, float]:
-        """Return (||U target V^T - b a||_F / ||target||_F, ||target||_F^2) for a stored pair b (m, k), a (k, n).
+    def keep(self, b: Tensor, to_b: Tensor, a: Tensor, to_a: Tensor, dtype: torch.dtype) -> Lifted:
+        """Return b @ to_b and to_a @ a in `dtype` with what measures them; b and a may be the joint's own factors."""
+        new_b, cross_b, own_b = project(b, to_b, dtype)
+        new_at, cross_a, own_a = project(a.mT, to_a.mT, dtype)
+        if b is not self.b:
+            cross_b, cross_a = self.b.double().mT @ new_b.double(), self.a.double() @ new_at.double()
+        return Lifted(new_b, new_at.mT.contiguous(), cross_b, cross_a, float((own_b * own_a).sum()))
+
+    def departure(self, target: Tensor, made: Lifted) -> tuple[float, float]:
+        """Return (||U target V^T - b a||_F / ||target||_F, ||target||_F^2) for a pair as stored.
 
         From products of size R by k; where those cancel (below about 3e-5), from QR factors of the stacked pair.
         """
-        b, a, total = b.double(), a.double(), float(target.square().sum())
+        total = float(target.square().sum())
         if total <= 0.0:
-            return (0.0 if float((b.mT @ b * (a @ a.mT)).sum()) <= 0.0 else math.inf), total
-        across_b, across_a = self.map_b.mT @ (self.b.double().mT @ b), (a @ self.a.double().mT) @ self.map_a.mT
-        inner = float(((target.mT @ across_b) * across_a.mT).sum())
-        left = total - 2 * inner + float(((b.mT @ b) * (a @ a.mT)).sum())
+            return (0.0 if made.own <= 0.0 else math.inf), total
+        inner = float(((target.mT @ (self.map_b.mT @ made.cross_b)) * (self.map_a @ made.cross_a)).sum())
+        left = total - 2 * inner + made.own
         if left <= 1e-9 * total:
             v = self.right(torch.eye(target.shape[1]).to(target))
-            r_b = torch.linalg.qr(torch.cat([self.left(target), -b], 1), mode="r").R
-            r_a = torch.linalg.qr(torch.cat([v, a], 0).mT, mode="r").R
+            r_b = torch.linalg.qr(torch.cat([self.left(target), -made.b.double()], 1), mode="r").R
+            r_a = torch.linalg.qr(torch.cat([v, made.a.double()], 0).mT, mode="r").R
             left = float((r_b @ r_a.mT).square().sum())
         return math.sqrt(left / total), total
 

@@ -206,16 +206,16 @@ class Merge(Join):
             m, n = parts[0].b.shape[0], parts[0].a.shape[1]
             return torch.zeros(m, 1, dtype=dtype), torch.zeros(1, n, dtype=dtype), 0.0, 0.0
         result = self.how.run(task)
-        if isinstance(result, InCore):
-            b, a = result.joint.lift(result.m, task.rank)
-        elif rank is not None and result.a.shape[0] > rank:
-            cut = truncate(result.b, result.a, rank)
-            b, a = cut.b, cut.a
+        if isinstance(result, InCore):  # its bases are made of the same stacked factors as those of `frame`
+            made = result.joint.lift(result.m, task.rank, dtype, self.scale)
         else:
             b, a = result.b, result.a
-        root = math.sqrt(abs(self.scale))
-        b, a = (b * root).to(dtype), (a * math.copysign(root, self.scale)).to(dtype)
-        return b, a, *frame.departure(frame.weighted(weights) * self.scale, b, a)
+            if rank is not None and a.shape[0] > rank:
+                cut = truncate(b, a, rank)
+                b, a = cut.b, cut.a
+            eye = torch.eye(a.shape[0], dtype=torch.float64, device=a.device) * math.sqrt(abs(self.scale))
+            made = frame.keep(b, eye, a, eye * math.copysign(1.0, self.scale), dtype)
+        return made.b, made.a, *frame.departure(frame.weighted(weights) * self.scale, made)
 
 
 _DEFAULTS = {f.name: f.default for f in fields(Merge)}

@@ -94,7 +94,7 @@ def stored(b: Sequence[Tensor], a: Sequence[Tensor], shape: tuple[int, ...], dty
 
     Raises FormatError when a value left the range of `dtype`.
     """
-    if not all(bool(torch.isfinite(t).all()) for t in (*b, *a)):
+    if not all(bool(torch.isfinite(t.sum(dtype=torch.float64))) for t in (*b, *a)):
         raise FormatError(f"merged factors do not fit {str(dtype)[6:]}", hint="--dtype bf16 or fp32")
     if not batch:
         return LowRank(a[0].cpu().contiguous(), b[0].cpu().contiguous(), None, 1.0, shape)

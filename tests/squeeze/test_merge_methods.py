@@ -204,3 +204,15 @@ def test_a_shared_factor_makes_the_average_exact(method: str, side: str) -> None
     total = sum(dense(x) for x in same) / 3
     assert np.linalg.norm(dense(out.adapter) - total) <= 1e-6 * np.linalg.norm(total)
     assert out.rows[0].rank_after == (12 if (method, side) == ("cat", "b") else 4)
+
+
+def test_the_page_on_merging_names_every_method_as_the_code_does() -> None:
+    from pathlib import Path
+
+    from adaptc.squeeze.method import MERGES
+
+    page = (Path(__file__).resolve().parents[2] / "docs" / "merging.md").read_text("utf8")
+    for name, method in MERGES.items():
+        row = next((line for line in page.splitlines() if line.startswith(f"| `{name}` |")), "")
+        for fact in (method.space, method.exact, method.paper, method.avoid):
+            assert f" {fact} |" in row, (name, fact)

@@ -67,10 +67,11 @@ def command(source: str, output: str | None, bits: float | None, to: str | None,
         wanted = {k: v for k, v in wanted.items() if k not in ("oversample", "power", "seed")}
     picks = {k: v for k, v in wanted.items() if k in ("include", "exclude")}
     steps = [build("truncate", wanted), *([build("quantize", {"bits": bits, **picks})] if bits is not None else [])]
-    opened = open_adapter(source, alpha, dialect)
+    weights = open_base(base)
+    opened = open_adapter(source, alpha, dialect, weights)
     tag = _tag(wanted) if bits is None else f"{_tag(wanted)}-b{bits:g}"
     place = target(opened, output, tag, to or (None if bits is None else "adaptc"), force)
-    ctx = Context(open_base(base), jobs=jobs, device=device, size_of=place.size_of)
+    ctx = Context(weights, jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
         outcome = Pipeline(tuple(steps))(opened.adapter, replace(ctx, progress=progress))
         losses = place.losses(outcome.adapter, allow_loss)

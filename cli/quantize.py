@@ -58,10 +58,10 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
     goal |= {"method": method, **({"group": group} if method == "affine" else {})}
     cut = {k: v for k, v in (("rank", rank), ("energy", energy)) if v is not None}
     steps = ([build("truncate", {**cut, **picks})] if cut else []) + [build("quantize", {**goal, **picks})]
-    opened = open_adapter(source, alpha, dialect)
+    weights = open_base(base)
+    opened = open_adapter(source, alpha, dialect, weights)
     tag = _tag(method, bits, max_error, size)
     place = target(opened, output, tag, "adaptc", force)
-    weights = open_base(base)
     ctx = Context(weights, jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
         adapter = stamped(opened.adapter, weights)

@@ -55,15 +55,24 @@ def about(name: str) -> Iterator[None]:
         raise
 
 
-def open_adapter(name: str, alpha: float | None = None, dialect: str | None = None) -> Opened:
-    """Open, recognise and read the adapter that the user called `name`."""
+def open_adapter(name: str, alpha: float | None = None, dialect: str | None = None, base: Base | None = None
+                 ) -> Opened:
+    """Open, recognise and read the adapter that the user called `name`.
+
+    On a given base, deltas that are only defined on it become plain ones; DoRA stays what it is, passes know it.
+    """
     from adaptc.formats.sniff import recognise
     from adaptc.formats.source import open_source
 
     with about(name):
         source = open_source(name, alpha=alpha)
         fmt, evidence = recognise(source, dialect)
-        return Opened(name, source, fmt, evidence, fmt.read(source))
+        adapter = fmt.read(source)
+        if base is not None:
+            from adaptc.resolve import resolved
+
+            adapter = resolved(adapter, base, keep=("dora",))
+        return Opened(name, source, fmt, evidence, adapter)
 
 
 def open_base(path: str | None) -> Base | None:

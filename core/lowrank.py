@@ -27,7 +27,8 @@ def low_rank(delta: BaseFree) -> LowRank | None:
             return LowRank(a, b, None, scale, delta.shape)
         case Kron():
             (b1, a1), (b2, a2) = _side(delta.left), _side(delta.right)
-            return LowRank(torch.kron(a1, a2), torch.kron(b1, b2), None, delta.scale, delta.shape)
+            a, b = torch.kron(a1.contiguous(), a2.contiguous()), torch.kron(b1.contiguous(), b2.contiguous())
+            return LowRank(a, b, None, delta.scale, delta.shape)
         case Hadamard():
             (b1, a1), (b2, a2) = delta.left.factors(), delta.right.factors()
             a = (a1[:, None, :] * a2[None, :, :]).flatten(0, 1)  # (r1 r2, in)

@@ -19,7 +19,10 @@ def compress(adapter: Adapter, *, base: str | Path | None = None, jobs: int = 0,
     from adaptc.base import Base
     from adaptc.formats import size_of
     from adaptc.passes import Context
+    from adaptc.resolve import resolved
     from adaptc.squeeze.truncate import Truncate
 
     ctx = Context(base=Base(Path(base)) if base else None, jobs=jobs, device=device, size_of=size_of)
+    if ctx.base is not None:
+        adapter = resolved(adapter, ctx.base, keep=("dora",))
     return Truncate(**options)(adapter, ctx).adapter

@@ -71,9 +71,12 @@ def allocate(
         return taken
 
     budget = size - least
-    while True:  # the header grows a little with the ranks: give back exactly what it took
-        taken = fill(budget)
-        over = size_of(taken) - size
-        if over <= 0:
-            return taken
-        budget -= over
+    while (over := size_of(taken := fill(budget)) - size) > 0:
+        budget -= over  # the header grows a little with the ranks: give back exactly what it took
+    for _ in range(8):  # what a dialect writes may grow less than the costs say: spend what is left over
+        more = fill(budget - over)
+        left = size_of(more) - size
+        if more == taken or left > 0:
+            break
+        taken, budget, over = more, budget - over, left
+    return taken

@@ -85,6 +85,8 @@ def main(args: Sequence[str] | None = None) -> int:
     except OSError as e:
         return _fail(f"{e.filename}: {e.strerror}" if e.filename else str(e), None, 1, debug)
     except Exception as e:
+        if isinstance(e, RuntimeError) and "allocate" in str(e) and "memory" in str(e):  # torch has no type for it
+            return _fail("out of memory", "--jobs 1 holds fewer modules at a time", 1, debug)
         what = f"internal error, please report it: {type(e).__name__}: {e}"
         return _fail(what, "ADAPTC_DEBUG=1 shows where it happened", BUG, debug)
 

@@ -7,7 +7,7 @@ import math
 import torch
 from torch import Tensor
 
-from adaptc.delta import BaseFree, Delta, NeedsBase
+from adaptc.delta import BaseFree, Delta, NeedsBase, Sparse
 from adaptc.errors import FormatError
 from adaptc.lowrank import low_rank
 
@@ -33,6 +33,8 @@ def distance2(x: Delta, y: Delta | None) -> float:
     if math.prod(dx.shape) != math.prod(dy.shape) or dx.shape[0] != dy.shape[0]:
         raise FormatError(f"deltas have shapes {dx.shape} and {dy.shape}")
     lx, ly = low_rank(dx), low_rank(dy)
+    if isinstance(dx, Sparse) and isinstance(dy, Sparse):
+        return _sparse_distance2(dx, dy)
     if lx is None or ly is None:
         return float((dx.dense().reshape(-1) - dy.dense().reshape(-1)).square().sum())
     (bx, ax), (by, ay) = lx.factors(), ly.factors()
@@ -52,10 +54,19 @@ def _free(delta: Delta | None) -> BaseFree | None:
 
 
 def _norm2(delta: BaseFree) -> float:
+    if isinstance(delta, Sparse):
+        return float((delta.values.double() * delta.scale).square().sum())
     factors = low_rank(delta)
     if factors is None:
         return float(delta.dense().square().sum())
     return _product_norm2(*factors.factors(), reference=0.0)
+
+
+def _sparse_distance2(x: Sparse, y: Sparse) -> float:
+    """Return ||dW_x - dW_y||_F^2 over the entries that either stores."""
+    at, where = torch.unique(torch.cat([x.indices, y.indices]), return_inverse=True)
+    both = torch.cat([x.values.double() * x.scale, y.values.double() * -y.scale])
+    return float(torch.zeros(len(at), dtype=torch.float64).index_add_(0, where, both).square().sum())
 
 
 def _product_norm2(b: Tensor, a: Tensor, reference: float) -> float:

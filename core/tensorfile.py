@@ -89,12 +89,7 @@ class TensorFile(Mapping[str, Tensor]):
 
 def _parse(raw: bytes, file: str) -> dict[str, Any]:
     def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        out = dict(pairs)
-        if len(out) != len(pairs):
-            seen: set[str] = set()
-            twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
-            raise FormatError(f"{file}: header names {twice!r} twice")
-        return out
+        return unique(pairs, f"{file}: header")
 
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=once)  # bytes would be taken for UTF-16 too
@@ -105,6 +100,16 @@ def _parse(raw: bytes, file: str) -> dict[str, Any]:
     for name in header:
         check_name(name, file)
     return header
+
+
+def unique(pairs: list[tuple[str, Any]], where: str = "manifest") -> dict[str, Any]:
+    """Return a JSON object of `pairs`. Raises FormatError for a key that is there twice."""
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        seen: set[str] = set()
+        twice = next(k for k, _ in pairs if k in seen or seen.add(k))  # type: ignore[func-returns-value]
+        raise FormatError(f"{where} names {twice[:60]!r} twice")
+    return out
 
 
 def check_name(name: str, file: str) -> None:

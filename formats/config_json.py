@@ -32,7 +32,7 @@ def read_config(path: Path) -> Mapping[str, Any]:
     return parse_config(text, path.name)
 
 
-def parse_config(text: str, name: str) -> Mapping[str, Any]:
+def parse_config(text: str, name: str, depth: int = MAX_DEPTH) -> Mapping[str, Any]:
     """Return `text` as a config object; `name` is what messages call it. Raises FormatError as `read_config` does."""
     try:
         config = json.loads(text, parse_int=_whole)
@@ -43,8 +43,8 @@ def parse_config(text: str, name: str) -> Mapping[str, Any]:
         raise FormatError(f"{name} is not JSON") from e
     if not isinstance(config, dict):
         raise FormatError(f"{name} is not a JSON object")
-    if _deeper(config, MAX_DEPTH):
-        raise FormatError(f"{name} is nested deeper than {MAX_DEPTH} levels")
+    if deeper(config, depth):
+        raise FormatError(f"{name} is nested deeper than {depth} levels")
     for field, types in _TYPES.items():
         value = config.get(field)
         if value is not None and not isinstance(value, types):
@@ -64,8 +64,8 @@ def _whole(digits: str) -> int:
     return int(digits)
 
 
-def _deeper(value: Any, limit: int) -> bool:
-    """Return whether `value` nests more than `limit` levels, walking level by level."""
+def deeper(value: Any, limit: int) -> bool:
+    """Return whether a JSON `value` nests more than `limit` levels, walking level by level."""
     level = [value]
     for _ in range(limit):
         level = [v for parent in level if isinstance(parent, (dict, list))

@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 from adaptc.adapter import Adapter
 from adaptc.errors import FormatError
 from adaptc.formats.format import Content, Evidence, Format, TensorsFile
-from adaptc.formats.portable_read import MANIFEST, read_adapter
+from adaptc.formats.portable_manifest import MANIFEST
+from adaptc.formats.portable_read import read_adapter
 from adaptc.formats.portable_write import manifest_and_tensors
 from adaptc.formats.source import Source
 from adaptc.tensorfile import TensorFile

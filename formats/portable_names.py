@@ -3,15 +3,35 @@
 from __future__ import annotations
 
 import itertools
+import math
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from adaptc.errors import FormatError
 
 _SPECIAL = re.compile(r"[{}\\]")
 _BRACES = re.compile(r"\\(.)|\{([^{}]*)\}", re.DOTALL)
-# More names than any adapter has, few enough that a template cannot fill the memory.
-MAX_NAMES = 1_000_000
+
+
+@dataclass
+class Room:
+    """How many names, of how many characters together, templates may still stand for.
+
+    The limits are beyond any adapter (every expert of a trillion-parameter model apart has 70 000 modules) and keep a
+    template of a few bytes from filling the memory.
+    """
+
+    names: int = 2**17
+    characters: int = 2**25
+
+    def take(self, names: int, longest: int) -> None:
+        """Use up room for `names` names of at most `longest` characters. Raises FormatError where there is none."""
+        self.names -= names
+        self.characters -= names * longest
+        if self.names < 0 or self.characters < 0:
+            raise FormatError(f"manifest has more than {Room.names} module names or {Room.characters} characters of "
+                              "them")
 
 
 def pack_names(names: Sequence[str]) -> list[str]:
@@ -59,40 +79,43 @@ def _sayable(values: list[str]) -> bool:
     return len(values) == 1 or not any(v == "" or "," in v or "\\" in v or "-" in v for v in values)
 
 
-def unpack_names(templates: Iterable[str]) -> list[str]:
-    """Return the names that templates stand for, in order. Raises FormatError for a malformed or repeated name."""
+def unpack_names(templates: Iterable[str], room: Room | None = None) -> list[str]:
+    """Return the names that templates stand for, in order.
+
+    Raises FormatError for a malformed template, a name twice, or more than `room` holds.
+    """
+    room = room or Room()
     out: list[str] = []
     for template in templates:
         if not isinstance(template, str):
-            raise FormatError(f"name template {template!r} is not a string")
-        out += _expand(template)
+            raise FormatError(f"name template {str(template)[:60]!r} is not a string")
+        out += _expand(template, room)
     if len(set(out)) != len(out):
         raise FormatError("manifest names a module twice")
     return out
 
 
-def _expand(template: str) -> list[str]:
-    pieces: list[list[str]] = []
-    at, total = 0, 1
+def _expand(template: str, room: Room) -> list[str]:
+    pieces: list[Sequence[str]] = []
+    at = 0
     for found in _BRACES.finditer(template):
-        pieces += [[template[at : found.start()]], [found.group(1)] if found.group(1) else _choices(found.group(2))]
-        total *= len(pieces[-1])
+        choices = [found.group(1)] if found.group(1) else _choices(found.group(2))
+        pieces += [[template[at : found.start()]], choices]
         at = found.end()
-        if total > MAX_NAMES:
-            raise FormatError(f"name template {template[:60]!r} stands for more than {MAX_NAMES} names")
     pieces.append([template[at:]])
     if any(_SPECIAL.search(p) for p in (piece[0] for piece in pieces[::2])):
         raise FormatError(f"name template {template[:60]!r} has a brace that is not closed")
+    room.take(math.prod(map(len, pieces)), sum(max(map(len, piece)) for piece in pieces))
     return ["".join(combination) for combination in itertools.product(*pieces)]
 
 
-def _choices(body: str) -> list[str]:
-    ends = re.fullmatch(r"(\d{1,7})-(\d{1,7})", body)
+def _choices(body: str) -> Sequence[str]:
+    ends = re.fullmatch(r"([0-9]{1,7})-([0-9]{1,7})", body)
     if ends is None:
         if "-" in body:
             raise FormatError(f"name template has {body[:40]!r} in braces, which is no range")
         return body.split(",")
     first, last = int(ends.group(1)), int(ends.group(2))
-    if last < first or last - first >= MAX_NAMES:
+    if last < first or last - first >= Room.names:
         raise FormatError(f"name template has the empty or endless range {body!r}")
     return [str(i) for i in range(first, last + 1)]

@@ -2,94 +2,128 @@
 
 from __future__ import annotations
 
-import json
 import math
+import re
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from adaptc.adapter import Adapter, Origin, Replacement, Rows, Step
+from adaptc.adapter import Adapter, Origin, Replacement, Rows
 from adaptc.coded import Coded, JointCode
-from adaptc.delta import Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sparse, Sum
+from adaptc.delta import Delta
 from adaptc.errors import AdaptcError, FormatError
-from adaptc.factor import Encoded, Factor
-from adaptc.formats.portable_names import unpack_names
-from adaptc.formats.portable_write import VERSION, digest
+from adaptc.formats.config_json import MAX_DEPTH, parse_config
+from adaptc.formats.portable_forms import read_form, read_number, read_shape
+from adaptc.formats.portable_manifest import (
+    CHECKED_AT_OPEN,
+    check_sums,
+    checked_names,
+    manifest_of,
+    read_history,
+)
+from adaptc.formats.portable_names import Room, unpack_names
 from adaptc.registry import CODECS
-from adaptc.tensorfile import DTYPES, TensorFile
+from adaptc.tensorfile import TensorFile
 
-MANIFEST = "adaptc"
-# Checksums of tensors up to this size are checked whenever a file is opened; `adaptc verify` checks them all.
-CHECKED_AT_OPEN = 16 * 2**20
-MAX_ORIGIN = 64 * 2**20
+MAX_ORIGIN = 16 * 2**20
 _MALFORMED = (KeyError, TypeError, ValueError, IndexError, AttributeError, RuntimeError, RecursionError, OverflowError)
 
 
 def read_adapter(file: TensorFile, name: str, files: Mapping[str, int]) -> Adapter:
     """Return the adapter a container holds. Raises FormatError for anything that contradicts itself."""
     try:
-        return _read(file, files)
+        return _Reader(file).adapter(files)
     except AdaptcError as e:
         raise type(e)(f"{name}: {e}", hint=e.hint) from e
     except _MALFORMED as e:
-        raise FormatError(f"{name}: manifest is malformed ({type(e).__name__}: {e})") from e
+        raise FormatError(f"{name}: manifest is malformed ({type(e).__name__}: {str(e)[:80]})") from e
 
 
-def manifest_of(file: TensorFile) -> dict[str, Any]:
-    """Return the manifest. Raises FormatError unless it is a JSON object of a version this code reads."""
-    try:
-        manifest = json.loads(file.metadata[MANIFEST])
-    except (ValueError, RecursionError) as e:
-        raise FormatError("manifest is not JSON") from e
-    if not isinstance(manifest, dict) or not isinstance(manifest.get("format"), int):
-        raise FormatError("manifest has no format version")
-    if manifest["format"] > VERSION:
-        raise FormatError(f"container format {manifest['format']} is newer than {VERSION}, the newest read here",
-                          hint="upgrade adaptc")
-    return manifest
+class _Reader:
+    """One container being read: its tensors, those that were named so far, and room for names."""
 
+    def __init__(self, file: TensorFile) -> None:
+        self.file, self.room = file, Room()
+        self.left = set(file)  # tensors that nothing has named yet
 
-def check_sums(file: TensorFile, manifest: Mapping[str, Any], limit: int | None) -> int:
-    """Check tensors of up to `limit` bytes (None: all) against their checksums; return how many were checked.
+    def adapter(self, files: Mapping[str, int]) -> Adapter:
+        """Return the adapter; every tensor of the file must be named exactly once."""
+        manifest = manifest_of(self.file)
+        check_sums(self.file, manifest, CHECKED_AT_OPEN)
+        coded: dict[str, Delta] = {}
+        for i, entry in enumerate(manifest.get("codes", ())):
+            _add(coded, self.code(i, entry))
+        grouped: dict[str, Delta] = {}
+        for i, entry in enumerate(manifest.get("groups", ())):
+            _add(grouped, self.group(i, entry, coded))
+        _add(coded, grouped)
+        replaced: dict[str, Replacement] = {}
+        for key, value in manifest.get("replaced", {}).items():
+            replaced[key] = self.rows(value) if isinstance(value, dict) else self.take(value)
+        extra = {key: self.take(value) for key, value in manifest.get("extra", {}).items()}
+        checked_names([*replaced, *extra])
+        origin = _origin(self.take("origin"), manifest, files, self.file.cut)
+        if self.left:
+            raise FormatError(f"tensor {min(self.left)!r} is not named in the manifest")
+        return Adapter(coded, replaced, origin, read_history(manifest.get("history", [])), extra)
 
-    A payload that the file holds only in part has no checksum that fits and is skipped.
-    """
-    sums = manifest["sums"]
-    if set(sums) != set(file):
-        odd = sorted(set(sums) ^ set(file))[0]
-        raise FormatError(f"manifest and file disagree about tensor {odd!r}")
-    checked = 0
-    for name in file:
-        if name == file.cut or (limit is not None and file.nbytes(name) > limit):
-            continue
-        if digest(file[name]) != sums[name]:
-            raise FormatError(f"tensor {name!r} does not match its checksum, the file is damaged")
-        checked += 1
-    return checked
+    def take(self, name: Any) -> Tensor:
+        """Return a tensor, each only once."""
+        if not isinstance(name, str) or name not in self.file:
+            raise FormatError(f"manifest names a tensor {str(name)[:60]!r} that the file does not hold")
+        if name not in self.left:
+            raise FormatError(f"manifest names tensor {name!r} twice")
+        self.left.remove(name)
+        return self.file[name]
 
+    def code(self, i: int, entry: Mapping[str, Any]) -> dict[str, Delta]:
+        """Return the deltas of a joint code; only its index is looked into."""
+        shapes: dict[str, tuple[int, ...]] = {}
+        for template, shape in entry["modules"]:
+            for name in checked_names(unpack_names([template], self.room)):
+                if name in shapes:
+                    raise FormatError(f"manifest names {name} twice")
+                shapes[name] = read_shape(shape)
+        codec = CODECS.get(str(entry["codec"])[:60])
+        config = entry.get("config", {})
+        if not hasattr(codec, "load") or not isinstance(config, dict):
+            raise FormatError(f"codec {codec.id} with config {str(config)[:60]} is no code of many modules")
+        streams = {s: self.take(f"{s}.{i}") for s in ("index", "payload")}
+        if any(t.dtype != torch.uint8 or t.dim() != 1 for t in streams.values()):
+            raise FormatError(f"code {i} has streams that are not flat uint8")
+        code: JointCode = codec.load({n: (s[0], math.prod(s[1:])) for n, s in shapes.items()}, config, streams)
+        return {name: Coded(code, name, shape) for name, shape in shapes.items()}
 
-def _read(file: TensorFile, files: Mapping[str, int]) -> Adapter:
-    manifest = manifest_of(file)
-    check_sums(file, manifest, CHECKED_AT_OPEN)
-    used: set[str] = {"origin"}
-    deltas: dict[str, Delta] = {}
-    for i, entry in enumerate(manifest.get("codes", [])):
-        _add(deltas, _read_code(i, entry, file, used))
-    for i, entry in enumerate(manifest.get("groups", [])):
-        _add(deltas, _read_group(i, entry, file, used))
-    replaced: dict[str, Replacement] = {}
-    for key, value in manifest.get("replaced", {}).items():
-        replaced[key] = _rows(value, file, used) if isinstance(value, dict) else _take(file, value, used)
-    extra = {key: _take(file, value, used) for key, value in manifest.get("extra", {}).items()}
-    unused = set(file) - used
-    if unused:
-        raise FormatError(f"tensor {sorted(unused)[0]!r} is not named in the manifest")
-    origin = _origin(file["origin"], manifest, files, file.cut)
-    history = tuple(Step(**{k: v for k, v in s.items()}) for s in manifest.get("history", []))
-    return Adapter(deltas, replaced, origin, history, extra)
+    def group(self, i: int, entry: Mapping[str, Any], coded: dict[str, Delta]) -> dict[str, Delta]:
+        """Return the deltas of a group; those that wrap a coded one take it out of `coded`."""
+        names = checked_names(unpack_names(entry["modules"], self.room))
+        stacked: list[Tensor] = []
+        while f"g{i}.{len(stacked)}" in self.file:
+            stacked.append(self.take(f"g{i}.{len(stacked)}"))
+        for j, t in enumerate(stacked):
+            if t.dim() == 0 or t.shape[0] != len(names):
+                raise FormatError(f"tensor g{i}.{j} has shape {tuple(t.shape)} for {len(names)} modules")
+        scales = [_column(s, len(names)) for s in entry["scales"]]
+        out: dict[str, Delta] = {}
+        for k, name in enumerate(names):
+            try:
+                out[name] = read_form(entry["form"], [t[k] for t in stacked], [s[k] for s in scales], name, coded)
+            except AdaptcError as e:
+                raise type(e)(f"{name}: {e}", hint=e.hint) from e
+        return out
+
+    def rows(self, value: Mapping[str, Any]) -> Rows:
+        """Return the rows that take the place of a parameter's."""
+        indices, values = value["rows"], self.take(value["values"])
+        ok = isinstance(indices, list) and all(type(i) is int and 0 <= i < 2**31 for i in indices)
+        if not ok or len(set(indices)) != len(indices):
+            raise FormatError(f"row numbers {str(indices)[:60]} are not distinct and whole")
+        if values.dim() < 1 or len(indices) != values.shape[0]:
+            raise FormatError(f"{len(indices)} row numbers for values of shape {tuple(values.shape)}")
+        return Rows(tuple(indices), values)
 
 
 def _add(deltas: dict[str, Delta], more: Mapping[str, Delta]) -> None:
@@ -99,115 +133,13 @@ def _add(deltas: dict[str, Delta], more: Mapping[str, Delta]) -> None:
     deltas.update(more)
 
 
-def _take(file: TensorFile, name: Any, used: set[str]) -> Tensor:
-    if not isinstance(name, str) or name not in file:
-        raise FormatError(f"manifest names a tensor {name!r} that the file does not hold")
-    used.add(name)
-    return file[name]
-
-
-def _shape(value: Any) -> tuple[int, ...]:
-    ok = isinstance(value, list) and value and all(type(v) is int and 0 < v < 2**31 for v in value)
-    if not ok or math.prod(value) >= 2**48:
-        raise FormatError(f"manifest has shape {str(value)[:60]}")
-    return tuple(value)
-
-
-def _read_code(i: int, entry: Mapping[str, Any], file: TensorFile, used: set[str]) -> dict[str, Delta]:
-    shapes: dict[str, tuple[int, ...]] = {}
-    for template, shape in entry["modules"]:
-        for name in unpack_names([template]):
-            if name in shapes:
-                raise FormatError(f"manifest names {name} twice")
-            shapes[name] = _shape(shape)
-    codec = CODECS.get(str(entry["codec"]))
-    names = [n for n in file if n.rpartition(".")[2] == str(i) and not n.startswith(("g", "carried."))]
-    streams = {n.rpartition(".")[0]: _take(file, n, used) for n in names}
-    if "payload" not in streams or any(t.dtype != torch.uint8 or t.dim() != 1 for t in streams.values()):
-        raise FormatError(f"code {i} has no flat uint8 payload")
-    flat = {n: (s[0], math.prod(s[1:])) for n, s in shapes.items()}
-    code: JointCode = codec.load(flat, entry.get("config", {}), streams)
-    return {name: Coded(code, name, shape) for name, shape in shapes.items()}
-
-
-def _read_group(i: int, entry: Mapping[str, Any], file: TensorFile, used: set[str]) -> dict[str, Delta]:
-    names = unpack_names(entry["modules"])
-    stacked: list[Tensor] = []
-    while f"g{i}.{len(stacked)}" in file:
-        stacked.append(_take(file, f"g{i}.{len(stacked)}", used))
-    for j, t in enumerate(stacked):
-        if t.dim() == 0 or t.shape[0] != len(names):
-            raise FormatError(f"tensor g{i}.{j} has shape {tuple(t.shape)} for {len(names)} modules")
-    scales = entry.get("scales", [])
-    out: dict[str, Delta] = {}
-    for k, name in enumerate(names):
-        values = [float(s[k] if isinstance(s, list) else s) for s in scales]
-        out[name] = _delta(entry["form"], [t[k] for t in stacked], values)
-    return out
-
-
-def _delta(form: Mapping[str, Any], held: list[Tensor], scales: list[float]) -> Any:
-    """Return the delta of a form. Shapes are checked against the tensors."""
-    kind, shape = form["kind"], _shape(form["shape"])
-    scale = scales[form["scale"]] if "scale" in form else 1.0
-
-    def part(name: str) -> Any:
-        return _delta(form[name], held, scales)
-
-    match kind:
-        case "lowrank":
-            a, b = _factor(form["a"], held), _factor(form["b"], held)
-            core = _factor(form["core"], held) if "core" in form else None
-            made = LowRank(a, b, core, scale, shape)
-            _check_low_rank(made)
-            return made
-        case "dense":
-            weight = _factor(form["weight"], held)
-            if math.prod(weight.shape) != math.prod(shape):
-                raise FormatError(f"dense delta of shape {shape} has a weight of shape {tuple(weight.shape)}")
-            return Dense(weight, scale, shape)
-        case "sparse":
-            indices, values = held[form["indices"]], held[form["values"]]
-            if indices.shape != values.shape or (indices.numel() and not 0 <= int(indices.min()) <= int(indices.max())
-                                                 < math.prod(shape)):
-                raise FormatError(f"sparse delta of shape {shape} has indices outside of it")
-            return Sparse(indices, values, scale, shape)
-        case "kron":
-            return Kron(part("left"), part("right"), scale, shape)
-        case "hadamard":
-            return Hadamard(part("left"), part("right"), scale, shape)
-        case "sum":
-            return Sum(tuple(_delta(f, held, scales) for f in form["terms"]), shape)
-        case "needsbase":
-            tensors = {k: held[v] for k, v in form["tensors"].items()}
-            inner = part("inner") if "inner" in form else None
-            return NeedsBase(str(form["name"]), tensors, form["config"], shape, inner)
-    raise FormatError(f"manifest has a delta of kind {kind!r}, which this version does not know")
-
-
-def _factor(value: Any, held: list[Tensor]) -> Factor:
-    if isinstance(value, int):
-        return held[value]
-    streams = {k: held[v] for k, v in value["streams"].items()}
-    codec, shape = str(value["codec"]), torch.Size(_shape(value["shape"]))
-    CODECS.get(codec)
-    return Encoded(codec, value["config"], streams, shape, DTYPES[value["dtype"]])
-
-
-def _check_low_rank(d: LowRank) -> None:
-    out_in = (d.shape[-2], d.shape[-1]) if len(d.a.shape) == 3 else (d.shape[0], math.prod(d.shape[1:]))  # type: ignore[union-attr]
-    if (d.b.shape[-2], d.a.shape[-1]) != out_in:
-        raise FormatError(f"factors of {tuple(d.b.shape)} and {tuple(d.a.shape)} do not make shape {d.shape}")
-    inner = tuple(d.core.shape[-2:]) if d.core is not None else (d.a.shape[-2], d.a.shape[-2])
-    if inner != (d.b.shape[-1], d.a.shape[-2]):
-        raise FormatError(f"factors of {tuple(d.b.shape)} and {tuple(d.a.shape)} do not share a rank")
-
-
-def _rows(value: Mapping[str, Any], file: TensorFile, used: set[str]) -> Rows:
-    rows = Rows(tuple(int(i) for i in value["rows"]), _take(file, value["values"], used))
-    if len(rows.indices) != rows.values.shape[0]:
-        raise FormatError(f"{len(rows.indices)} row numbers for {rows.values.shape[0]} rows")
-    return rows
+def _column(value: Any, count: int) -> Sequence[float]:
+    """Return one multiplier for each of `count` modules."""
+    if not isinstance(value, list):
+        return [read_number(value, "multiplier")] * count
+    if len(value) != count:
+        raise FormatError(f"{len(value)} multipliers for {count} modules")
+    return [read_number(v, "multiplier") for v in value]
 
 
 def _origin(blob: Tensor, manifest: Mapping[str, Any], files: Mapping[str, int], cut: str | None) -> Origin:
@@ -216,12 +148,30 @@ def _origin(blob: Tensor, manifest: Mapping[str, Any], files: Mapping[str, int],
         text = unpack.decompress(blob.numpy().tobytes(), MAX_ORIGIN)
     except zlib.error as e:
         raise FormatError("origin is no deflated text") from e
-    if unpack.unconsumed_tail or not unpack.eof:
-        raise FormatError(f"origin inflates to more than {MAX_ORIGIN} bytes or is cut short")
-    said = json.loads(text)
-    notes = tuple(said.get("notes", ()))
+    if unpack.unconsumed_tail or unpack.unused_data or not unpack.eof:
+        raise FormatError(f"origin inflates to more than {MAX_ORIGIN} bytes, or does not end where it should")
+    said = dict(parse_config(text.decode(), "origin", MAX_DEPTH + 2))
     if cut is not None:
-        notes = (*notes, f"the file ends inside {cut}: a smaller adapter was read from what is there")
-    return Origin(str(said["dialect"]), said.get("config", {}), said.get("metadata", {}), manifest.get("base"),
-                  said.get("files", files), said.get("names", {}), said.get("layout", {}), notes, "adaptc",
-                  manifest.get("fingerprint"))
+        note = f"the file ends inside {cut}: a smaller adapter was read from what is there"
+        said["notes"] = [*_texts("notes", said.get("notes", [])), note]
+    stored = manifest.get("fingerprint")
+    if stored is not None and not re.fullmatch(r"[0-9a-f]{16}", stored):
+        raise FormatError(f"fingerprint is {stored[:40]!r}, not 16 hex digits")
+    maps = {k: said.get(k, {}) for k in ("metadata", "names", "layout")}
+    sizes = said.get("files", dict(files))
+    for name, value in maps.items():
+        _texts(name, [*value, *value.values()])
+    if not all(type(v) is int for v in sizes.values()):
+        raise FormatError("origin has sizes of files that are no numbers")
+    dialect, config = said["dialect"], said.get("config", {})
+    _texts("dialect", [dialect])
+    if not isinstance(config, dict):
+        raise FormatError("origin has a config that is no object")
+    return Origin(dialect, config, maps["metadata"], manifest.get("base"), sizes, maps["names"], maps["layout"],
+                  tuple(_texts("notes", said.get("notes", []))), "adaptc", stored)
+
+
+def _texts(name: str, values: Any) -> list[str]:
+    if not isinstance(values, list) or not all(isinstance(v, str) for v in values):
+        raise FormatError(f"origin has {name} that are no text")
+    return values

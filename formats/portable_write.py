@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import json
 import math
 import zlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from typing import Any
 
@@ -15,12 +16,12 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.coded import Coded, JointCode
-from adaptc.delta import Delta, LowRank
+from adaptc.delta import Delta, LowRank, NeedsBase
 from adaptc.errors import UnsupportedError
 from adaptc.factor import Encoded
 from adaptc.formats.format import history_steps
 from adaptc.formats.portable_names import pack_names, unpack_names
-from adaptc.quant.directions import Directions
+from adaptc.quant.directions import MAX_MODULES, PLAIN, Directions
 from adaptc.tensorfile import NAMES
 
 VERSION = 1
@@ -38,7 +39,7 @@ def manifest_and_tensors(adapter: Adapter) -> tuple[dict[str, Any], dict[str, Te
     if adapter.origin.fingerprint is not None:
         manifest["fingerprint"] = adapter.origin.fingerprint
     codes = _codes(adapter)
-    taken = {name for _, names in codes for name in names}
+    taken = {name for _, names in codes for name in names if not isinstance(adapter.deltas[name], NeedsBase)}
     manifest["codes"] = [_code(i, code, names, adapter, tensors) for i, (code, names) in enumerate(codes)]
     rest = {k: d for k, d in adapter.deltas.items() if k not in taken}
     manifest["groups"] = [_group(i, members, tensors) for i, members in enumerate(_alike(rest))]
@@ -63,19 +64,26 @@ def _codes(adapter: Adapter) -> list[tuple[JointCode, list[str]]]:
     held: dict[int, tuple[JointCode, dict[str, str]]] = {}
     plain: dict[torch.dtype, dict[str, tuple[Tensor, Tensor, float]]] = {}
     for key, d in adapter.deltas.items():
-        if isinstance(d, Coded):
-            held.setdefault(id(d.code), (d.code, {}))[1][key] = d.name
+        inner = d.inner if isinstance(d, NeedsBase) else d
+        if isinstance(inner, Coded):
+            held.setdefault(id(inner.code), (inner.code, {}))[1][key] = inner.name
         elif (isinstance(d, LowRank) and isinstance(d.a, Tensor) and isinstance(d.b, Tensor) and d.core is None
-              and d.a.dim() == 2 and d.a.dtype == d.b.dtype and d.a.dtype.is_floating_point):
+              and d.a.dim() == 2 and d.a.dtype == d.b.dtype and NAMES[d.a.dtype] in PLAIN and math.isfinite(d.scale)):
             plain.setdefault(d.a.dtype, {})[key] = (d.b, d.a, d.scale)
     out: list[tuple[JointCode, list[str]]] = []
     for factors in plain.values():
-        names = unpack_names([t for t, _ in _templates({k: adapter.deltas[k].shape for k in factors})])
-        out.append((Directions.encode({k: factors[k] for k in names}), names))
+        names = _ordered(adapter, factors)
+        for part in (names[i : i + MAX_MODULES] for i in range(0, len(names), MAX_MODULES)):
+            out.append((Directions.encode({k: factors[k] for k in part}), part))
     for code, keys in held.values():
-        names = unpack_names([t for t, _ in _templates({k: adapter.deltas[k].shape for k in keys})])
+        names = _ordered(adapter, keys)
         out.append((code.select([keys[k] for k in names]), names))
     return out
+
+
+def _ordered(adapter: Adapter, names: Iterable[str]) -> list[str]:
+    """Return `names` in the order in which their templates expand."""
+    return unpack_names([t for t, _ in _templates({k: adapter.deltas[k].shape for k in names})])
 
 
 def _templates(shapes: Mapping[str, tuple[int, ...]]) -> list[tuple[str, list[int]]]:
@@ -109,7 +117,7 @@ def _alike(deltas: Mapping[str, Delta]) -> list[dict[str, tuple[Any, list[Tensor
 def describe(d: Delta, held: list[Tensor], scales: list[float]) -> dict[str, Any]:
     """Return the form of a delta: its kind and structure, tensors as numbers into `held`, scales into `scales`."""
     kind = type(d).__name__.lower()
-    if kind not in FACTORS and kind not in PARTS:
+    if kind not in FACTORS and kind not in PARTS and kind != "coded":
         raise UnsupportedError(f"{d!r} has no form in the container")
     form: dict[str, Any] = {"kind": kind}
     if kind == "needsbase":
@@ -156,8 +164,10 @@ def _group(i: int, members: Mapping[str, tuple[Any, list[Tensor], list[float]]],
 
 
 def _carried(adapter: Adapter, tensors: dict[str, Tensor]) -> dict[str, Any]:
+    numbers = itertools.count()
+
     def put(t: Tensor) -> str:
-        name = f"carried.{sum(k.startswith('carried.') for k in tensors)}"
+        name = f"carried.{next(numbers)}"
         tensors[name] = t
         return name
 

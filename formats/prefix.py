@@ -18,7 +18,7 @@ def cut(adapter: Adapter, nbytes: int, size_of: Callable[[Adapter], int]) -> Ada
     is no payload (header, carried tensors) is already larger.
     """
     codes = {id(d.code): d.code for d in map(_inner, adapter.deltas.values()) if isinstance(d, Coded)}
-    if not codes:
+    if not any(s.numel() for c in codes.values() for s in c.streams.values()):
         raise UsageError("the adapter holds no payload that can be cut", hint="adaptc convert --to adaptc makes one")
     stored = {i: sum(s.numel() for s in c.streams.values()) for i, c in codes.items()}
     room = sum(stored.values()) + nbytes - size_of(adapter)

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from adaptc.adapter import Adapter, tensors
+from adaptc.adapter import Adapter, Rows
 from adaptc.base import Base
 from adaptc.coded import Coded
 from adaptc.delta import Delta, NeedsBase
 from adaptc.errors import FormatError, NeedsError, UnsupportedError
+from adaptc.factor import decoded
 from adaptc.fingerprint import fingerprint
-from adaptc.formats.portable_read import check_sums, manifest_of
+from adaptc.formats.portable_manifest import check_sums, manifest_of
 from adaptc.formats.source import Source
-from adaptc.lowrank import plain
 from adaptc.tensorfile import TensorFile
 
 
@@ -37,14 +39,34 @@ def verify(source: Source, adapter: Adapter, base: Base | None) -> Verified:
     manifest = manifest_of(source.payload)
     checked = check_sums(source.payload, manifest, None)
     for key, delta in adapter.deltas.items():
-        for name, t in tensors(_decoded(delta)).items():
-            if t.dtype.is_floating_point and not bool(torch.isfinite(t).all()):
-                raise FormatError(f"{key}: {name} holds values that are not finite")
+        for name, t in _values(delta):
+            _finite(key, name, t)
+    for key, held in adapter.replaced.items():
+        _finite(key, "carried tensor", held.values if isinstance(held, Rows) else held)
     return Verified(len(source.payload), checked, _base(adapter.origin.fingerprint, adapter, base))
 
 
-def _decoded(delta: Delta) -> Delta:
-    return plain(delta) if isinstance(delta, (Coded, NeedsBase)) or delta.nbytes else delta
+def _finite(key: str, name: str, t: Tensor) -> None:
+    wide = t.float() if t.dtype.is_floating_point and t.dtype.itemsize == 1 else t
+    if wide.dtype.is_floating_point and not bool(torch.isfinite(wide).all()):
+        raise FormatError(f"{key}: {name} holds values that are not finite")
+
+
+def _values(delta: Delta) -> Iterator[tuple[str, Tensor]]:
+    """Yield every tensor of a delta by field name, codes decoded, one at a time."""
+    if isinstance(delta, Coded):
+        b, a, _ = delta.factors()
+        yield from (("b", b), ("a", a))
+        return
+    if isinstance(delta, NeedsBase):
+        yield from delta.tensors.items()
+    for name in ("a", "b", "core", "weight", "values"):
+        if getattr(delta, name, None) is not None:
+            yield name, decoded(getattr(delta, name))
+    parts = [getattr(delta, name, None) for name in ("left", "right", "inner")]
+    for part in (*parts, *getattr(delta, "terms", ())):
+        if part is not None:
+            yield from _values(part)
 
 
 def _base(stored: str | None, adapter: Adapter, base: Base | None) -> str:

@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import FormatError, UsageError
-from adaptc.quant.codec import FactorCodec, expect, grouped
-from adaptc.quant.pack import pack_codes, unpack_codes
+from adaptc.quant.codec import FactorCodec, grouped
+from adaptc.quant.pack import pack_codes, packed_nbytes, unpack_codes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -28,6 +28,7 @@ class Affine(FactorCodec):
     group: int = 64
 
     def __post_init__(self) -> None:
+        FactorCodec.__post_init__(self)
         if self.width not in (2, 3, 4, 8) or not 1 <= self.group <= 2**16:
             raise UsageError(f"affine codes take 2, 3, 4 or 8 bits in groups to 65536, not {self.width}, {self.group}")
 
@@ -44,10 +45,15 @@ class Affine(FactorCodec):
         kept = code.reshape(w.shape[0], -1)[:, : w.shape[1]].to(torch.uint8)
         return {"codes": pack_codes(kept, self.width), "step": step, "low": low}
 
+    def sizes(self, rows: int, columns: int) -> Mapping[str, tuple[torch.dtype, int]]:
+        """Codes of `width` bits, step and low of every group."""
+        groups = rows * -(-columns // self.group)
+        return {"codes": (torch.uint8, packed_nbytes(rows * columns, self.width)), "step": (torch.float16, groups),
+                "low": (torch.float16, groups)}
+
     def values(self, streams: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """Return low + step * code."""
-        groups = -(-columns // self.group)
         code = unpack_codes(streams["codes"], self.width, rows * columns).reshape(rows, columns)
-        step, low = (expect(streams[k], rows * groups, k).float().reshape(rows, groups) for k in ("step", "low"))
-        wide = [t.repeat_interleave(self.group, 1)[:, :columns] for t in (step, low)]
-        return wide[1] + wide[0] * code
+        group = torch.arange(columns) // self.group
+        step, low = (streams[k].float().reshape(rows, -1)[:, group] for k in ("step", "low"))
+        return low + step * code

@@ -15,6 +15,8 @@ from torch import Tensor
 from adaptc.errors import FormatError
 from adaptc.tensorfile import DTYPES, NAMES
 
+PLAIN = ("F64", "F32", "F16", "BF16")  # dtypes of factors
+MAX_MODULES = 2**16
 _INDEX_BYTES = 4  # module and column of a direction, uint16 each
 
 
@@ -69,17 +71,22 @@ class Directions:
     def load(cls, modules: Mapping[str, tuple[int, int]], config: Mapping[str, Any], streams: Mapping[str, Tensor]
              ) -> Directions:
         """Return the code. Raises FormatError for chunks of unknown modules, repeated or out of order."""
-        dtype = DTYPES.get(str(config.get("dtype")))
-        if dtype is None or not dtype.is_floating_point:
-            raise FormatError(f"directions have dtype {config.get('dtype')!r}, which is no float")
-        scale = config.get("scale", 1.0)
+        if config.keys() != {"dtype", "scale"} or config["dtype"] not in PLAIN:
+            raise FormatError(f"directions have config {str(dict(config))[:60]}, not a dtype ({', '.join(PLAIN)}) and a "
+                              "scale")
+        scale = config["scale"]
         scales = tuple(scale) if isinstance(scale, list) else (scale,) * len(modules)
-        if len(scales) != len(modules) or not all(isinstance(s, (int, float)) for s in scales):
+        if len(scales) != len(modules):
             raise FormatError(f"{len(scales)} multipliers for {len(modules)} modules")
+        if not all(type(s) in (int, float) and abs(s) < 1e300 for s in scales):  # NaN compares false
+            raise FormatError("a multiplier of directions is no finite number")
+        if len(modules) > MAX_MODULES:
+            raise FormatError(f"directions of {len(modules)} modules, at most {MAX_MODULES} can be numbered")
         raw = streams["index"].numpy()
         if len(raw) % _INDEX_BYTES:
             raise FormatError(f"index of directions has {len(raw)} bytes, not whole entries of {_INDEX_BYTES}")
         order = raw.view("<u2").astype(np.uint16).reshape(-1, 2)
+        dtype = DTYPES[config["dtype"]]
         code = cls(dict(modules), dtype, tuple(float(s) for s in scales), order, streams["payload"])
         code._check()
         return code
@@ -87,24 +94,23 @@ class Directions:
     def _check(self) -> None:
         if len(self.order) and int(self.order[:, 0].max()) >= len(self.modules):
             raise FormatError(f"index names module {int(self.order[:, 0].max())} of {len(self.modules)}")
-        if len(np.unique(self.order, axis=0)) != len(self.order):
-            raise FormatError("index names a direction twice")
-        limit = np.array([min(shape) for shape in self.modules.values()] or [0])
-        wide = np.flatnonzero(np.array([len(c) for c in self._columns]) > np.maximum(limit, 1) * 64)
-        if len(wide):
-            raise FormatError(f"module {int(wide[0])} has more directions than it can need")
-        for i, columns in enumerate(self._columns):
-            if sorted(columns) != list(range(len(columns))):
-                raise FormatError(f"module {i} lacks a direction among {len(columns)}")
-        if int(self._ends[-1] if len(self._ends) else 0) < len(self.payload):
-            raise FormatError(f"payload has {len(self.payload)} bytes, its index accounts for {int(self._ends[-1])}")
+        for i, chunks in enumerate(self._chunks):
+            columns = np.sort(self.order[chunks, 1])
+            if not np.array_equal(columns, np.arange(len(columns))):
+                raise FormatError(f"module {i} lacks a direction among {len(columns)}, or has one twice")
+        if (end := int(self._ends[-1]) if len(self._ends) else 0) < len(self.payload):
+            raise FormatError(f"payload has {len(self.payload)} bytes, its index accounts for {end}")
 
     @cached_property
-    def _columns(self) -> list[list[int]]:
-        out: list[list[int]] = [[] for _ in self.modules]
-        for i, j in self.order.tolist():
-            out[i].append(j)
-        return out
+    def _number(self) -> Mapping[str, int]:
+        return {name: i for i, name in enumerate(self.modules)}
+
+    @cached_property
+    def _chunks(self) -> list[npt.NDArray[np.int64]]:
+        """Numbers of the chunks of every module."""
+        owner = self.order[:, 0].astype(np.int64)
+        ends = np.cumsum(np.bincount(owner, minlength=len(self.modules)))
+        return np.split(np.argsort(owner, kind="stable"), ends[:-1]) if self.modules else []
 
     @cached_property
     def _ends(self) -> npt.NDArray[np.int64]:
@@ -118,26 +124,26 @@ class Directions:
 
     def decode(self, names: Sequence[str] | None = None) -> dict[str, tuple[Tensor, Tensor, float]]:
         """Return (b, a, scale) of the named modules, columns in their original order, missing ones left out."""
-        number = {name: i for i, name in enumerate(self.modules)}
-        wanted = {number[n]: n for n in (self.modules if names is None else names)}
-        rows: dict[int, list[tuple[int, Tensor]]] = {i: [] for i in wanted}
-        starts = np.concatenate([[0], self._ends[:-1]]) if len(self._ends) else self._ends
-        for c, (i, j) in enumerate(self.order[: self._held].tolist()):
-            if i in rows:
-                chunk = self.payload[int(starts[c]) : int(self._ends[c])]
-                rows[i].append((j, chunk.clone().view(self.dtype)))
         out = {}
-        for i, name in wanted.items():
-            m, n = self.modules[name]
-            kept = [v for _, v in sorted(rows[i], key=lambda r: r[0])]
-            both = torch.stack(kept) if kept else torch.empty(0, m + n, dtype=self.dtype)
+        for name in self.modules if names is None else names:
+            i, (m, n) = self._number[name], self.modules[name]
+            chunks = self._mine(i)
+            chunks = chunks[np.argsort(self.order[chunks, 1])]
+            kept = [self._chunk(c) for c in chunks.tolist()]
+            both = (torch.cat(kept) if kept else self.payload[:0].clone()).view(self.dtype).reshape(-1, m + n)
             out[name] = (both[:, :m].mT, both[:, m:], self.scales[i])
         return out
 
+    def _mine(self, i: int) -> npt.NDArray[np.int64]:
+        """Return the chunks of module i that the payload holds whole, in payload order."""
+        return self._chunks[i][self._chunks[i] < self._held]
+
+    def _chunk(self, c: int) -> Tensor:
+        return self.payload[int(self._ends[c - 1]) if c else 0 : int(self._ends[c])]
+
     def rank(self, name: str) -> int:
         """Return how many directions of a module are held."""
-        i = list(self.modules).index(name)
-        return int((self.order[: self._held, 0] == i).sum())
+        return len(self._mine(self._number[name]))
 
     def nbytes(self, name: str) -> int:
         """Return the payload bytes of one module."""
@@ -145,23 +151,27 @@ class Directions:
 
     def select(self, names: Sequence[str]) -> Directions:
         """Return the code of some of the modules, chunks unchanged."""
-        number = {name: i for i, name in enumerate(self.modules)}
-        new = {number[n]: k for k, n in enumerate(names)}
-        starts = np.concatenate([[0], self._ends[:-1]]) if len(self._ends) else self._ends
-        keep = [c for c in range(self._held) if int(self.order[c, 0]) in new]
-        chunks = [self.payload[int(starts[c]) : int(self._ends[c])] for c in keep]
+        mine = [self._number[n] for n in names]
+        new = {i: k for k, i in enumerate(mine)}
+        keep = np.sort(np.concatenate([self._mine(i) for i in mine])).tolist() if mine else []
         order = np.array([(new[int(self.order[c, 0])], int(self.order[c, 1])) for c in keep], np.uint16).reshape(-1, 2)
-        payload = torch.cat(chunks) if chunks else self.payload[:0]
-        return Directions({n: self.modules[n] for n in names}, self.dtype, tuple(self.scales[number[n]] for n in names),
-                          order, payload)
+        payload = torch.cat([self._chunk(c) for c in keep]) if keep else self.payload[:0]
+        scales = tuple(self.scales[i] for i in mine)
+        return Directions({n: self.modules[n] for n in names}, self.dtype, scales, _renumbered(order), payload)
 
     def prefix(self, nbytes: int) -> Directions:
         """Return the chunks that fit into `nbytes` of index and payload, columns renumbered without holes."""
         fits = int((self._ends + _INDEX_BYTES * np.arange(1, len(self._ends) + 1) <= nbytes).sum())
         fits = min(fits, self._held)
-        order = self.order[:fits].copy()
-        for i in range(len(self.modules)):
-            mine = np.flatnonzero(order[:, 0] == i)
-            order[mine, 1] = np.argsort(np.argsort(order[mine, 1]))
         end = int(self._ends[fits - 1]) if fits else 0
-        return Directions(self.modules, self.dtype, self.scales, order, self.payload[:end])
+        return Directions(self.modules, self.dtype, self.scales, _renumbered(self.order[:fits]), self.payload[:end])
+
+
+def _renumbered(order: npt.NDArray[np.uint16]) -> npt.NDArray[np.uint16]:
+    """Return `order` with the columns of every module numbered without holes, in the same order."""
+    out = order.copy()
+    by_column = np.lexsort((order[:, 1], order[:, 0]))
+    owner = order[by_column, 0]
+    first = np.flatnonzero(np.diff(owner.astype(np.int64), prepend=-1))
+    out[by_column, 1] = np.arange(len(owner)) - np.repeat(first, np.diff(first, append=len(owner)))
+    return out

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import FormatError
-from adaptc.quant.codec import FactorCodec, expect
+from adaptc.quant.codec import FactorCodec
 
 LARGEST = 448.0  # of e4m3fn
 
@@ -32,9 +32,13 @@ class FP8(FactorCodec):
         codes = (w / scale.clamp(min=1e-38)[:, None]).clamp(-LARGEST, LARGEST).to(torch.float8_e4m3fn)
         return {"codes": codes.view(torch.uint8).reshape(-1), "scale": scale}
 
+    def sizes(self, rows: int, columns: int) -> Mapping[str, tuple[torch.dtype, int]]:
+        """One byte a value, one float a row."""
+        return {"codes": (torch.uint8, rows * columns), "scale": (torch.float32, rows)}
+
     def values(self, streams: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
         """Return scale * codes. Raises FormatError for a code that is not a number."""
-        codes = expect(streams["codes"], rows * columns, "codes").view(torch.float8_e4m3fn).float()
+        codes = streams["codes"].view(torch.float8_e4m3fn).float()
         if not bool(torch.isfinite(codes).all()):
             raise FormatError("fp8 codes hold NaN")
-        return codes.reshape(rows, columns) * expect(streams["scale"], rows, "scale")[:, None]
+        return codes.reshape(rows, columns) * streams["scale"][:, None]

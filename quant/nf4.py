@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import FormatError
-from adaptc.quant.codec import FactorCodec, expect
+from adaptc.quant.codec import FactorCodec
 
 # Quantiles of a normal variable scaled to [-1, 1], with an exact zero.
 LEVELS = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635,
@@ -22,11 +22,13 @@ BLOCK, OUTER = 64, 256
 
 @cache
 def dynamic_map() -> Tensor:
-    """Return the 256 values of the signed 8-bit dynamic code: seven decades, 2^i fractions in decade i, +-, 0 and 1."""
+    """Return the 256 values of the signed 8-bit dynamic code, float32: seven decades, 2^i fractions in decade i.
+
+    +- (0.1 + 0.9 (k + 1/2) / 2^i) 10^(i - 6) for i = 0..6, k = 0..2^i - 1, computed in float64, with 0 and 1.
+    """
     values = [0.0, 1.0]
     for i in range(7):
-        edges = torch.linspace(0.1, 1, 2**i + 1, dtype=torch.float32)
-        fractions = ((edges[:-1] + edges[1:]) / 2 * 10.0 ** (i - 6)).tolist()
+        fractions = [(0.1 + 0.9 * (k + 0.5) / 2**i) * 10.0 ** (i - 6) for k in range(2**i)]
         values += fractions + [-f for f in fractions]
     return torch.tensor(sorted(values), dtype=torch.float32)
 
@@ -56,16 +58,20 @@ class NF4(FactorCodec):
         nested = nearest(outer / scale.clamp(min=1e-30)[:, None], dynamic_map()).reshape(-1)[: len(absmax)]
         return {"codes": flat[0::2] << 4 | flat[1::2], "absmax": nested, "scale": scale, "offset": offset.reshape(1)}
 
-    def values(self, streams: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
-        """Return LEVELS[code] * absmax."""
+    def sizes(self, rows: int, columns: int) -> Mapping[str, tuple[torch.dtype, int]]:
+        """Half a byte a value, one byte a block, one float for 256 blocks, one float."""
         n = rows * columns
         blocks = -(-n // BLOCK)
-        packed = expect(streams["codes"], -(-n // 2), "codes")
-        code = torch.stack([packed >> 4, packed & 15], -1).reshape(-1)[:n]
-        scale = expect(streams["scale"], -(-blocks // OUTER), "scale").float().repeat_interleave(OUTER)[:blocks]
-        inner = dynamic_map()[expect(streams["absmax"], blocks, "absmax").long()]
-        absmax = inner * scale + expect(streams["offset"], 1, "offset").float()
-        return (torch.tensor(LEVELS)[code.long()] * absmax.repeat_interleave(BLOCK)[:n]).reshape(rows, columns)
+        return {"codes": (torch.uint8, -(-n // 2)), "absmax": (torch.uint8, blocks),
+                "scale": (torch.float32, -(-blocks // OUTER)), "offset": (torch.float32, 1)}
+
+    def values(self, streams: Mapping[str, Tensor], rows: int, columns: int) -> Tensor:
+        """Return LEVELS[code] * absmax."""
+        n, absmax = rows * columns, streams["absmax"]
+        code = torch.stack([streams["codes"] >> 4, streams["codes"] & 15], -1).reshape(-1)[:n]
+        scale = streams["scale"].repeat_interleave(OUTER)[: len(absmax)]
+        block = dynamic_map()[absmax.long()] * scale + streams["offset"]
+        return (torch.tensor(LEVELS)[code.long()] * block.repeat_interleave(BLOCK)[:n]).reshape(rows, columns)
 
 
 def nearest(x: Tensor, levels: Tensor) -> Tensor:

@@ -18,10 +18,15 @@ def pack_codes(codes: Tensor, bits: int) -> Tensor:
     return torch.from_numpy(np.packbits(planes.reshape(-1), bitorder="little"))
 
 
+def packed_nbytes(n: int, bits: int) -> int:
+    """Return the bytes of n codes of `bits` bits."""
+    return -(-n * bits // 8)
+
+
 def unpack_codes(data: Tensor, bits: int, n: int) -> Tensor:
     """Return the n codes that `pack_codes` stored, uint8. Raises FormatError for too few or too many bytes."""
-    if data.numel() != -(-n * bits // 8):
-        raise FormatError(f"{data.numel()} bytes for {n} codes of {bits} bits, expected {-(-n * bits // 8)}")
+    if data.numel() != packed_nbytes(n, bits):
+        raise FormatError(f"{data.numel()} bytes for {n} codes of {bits} bits, expected {packed_nbytes(n, bits)}")
     raw = data.numpy()
     if bits == 8:
         return data.clone()

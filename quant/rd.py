@@ -49,7 +49,7 @@ class RDCode:
 
     shapes: Mapping[str, tuple[int, int]]
     index: bytes
-    payload: bytes
+    payload: bytes | memoryview
 
     @property
     def nbytes(self) -> int:
@@ -177,11 +177,11 @@ def decode(code: RDCode) -> dict[str, tuple[Floats, Floats]]:
         raise FormatError(f"payload has {len(code.payload)} bytes, its index accounts for {width.sum()}")
     complete = np.zeros(len(width), np.bool_)
     complete[order[: int((np.cumsum(width[order]) <= len(code.payload)).sum())]] = True
-    rows = _decode_rows(code.payload, index, np.flatnonzero(complete), origin, sizes)
-    owner = np.repeat(np.arange(len(sizes)), index.counts)
+    rows = _decode_rows(bytes(code.payload), index, np.flatnonzero(complete), origin, sizes)
+    ends = np.cumsum(index.counts).tolist()
     out = {}
-    for j, (name, (m, n)) in enumerate(code.shapes.items()):
-        mine = np.flatnonzero((owner == j) & complete).tolist()
+    for (name, (m, n)), count, end in zip(code.shapes.items(), index.counts, ends, strict=True):
+        mine = [d for d in range(end - count, end) if complete[d]]
         part = np.stack([rows[d] for d in mine]) if len(mine) else np.empty((0, m + n), np.int8)
         mantissa = np.array([index.mantissa[d] for d in mine], np.float32)
         exponent = np.array([index.exponent[d] for d in mine], np.int64)

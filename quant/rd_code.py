@@ -14,8 +14,9 @@ from torch import Tensor
 
 from adaptc.errors import FormatError
 from adaptc.quant.rd import RDCode, cut, decode
-from adaptc.quant.rd_index import Index, decode_index, encode_index, payload_order
+from adaptc.quant.rd_index import Index, decode_index, encode_index, payload_order, pieces
 
+MOST_SAMPLES = 160  # that a byte of a stream can stand for: the cheapest class takes 1/18 bit a sample at least
 _FIELDS = ("v", "u", "mantissa", "exponent", "lengths")
 
 
@@ -37,7 +38,7 @@ class RateDistortion:
     @property
     def streams(self) -> Mapping[str, Tensor]:
         """`index` and `payload`."""
-        return {"index": _bytes(self.code.index), "payload": _bytes(self.code.payload)}
+        return {"index": _tensor(self.code.index), "payload": _tensor(self.code.payload)}
 
     @property
     def config(self) -> Mapping[str, Any]:
@@ -48,12 +49,23 @@ class RateDistortion:
     def load(cls, modules: Mapping[str, tuple[int, int]], config: Mapping[str, Any], streams: Mapping[str, Tensor]
              ) -> RateDistortion:
         """Return the code; the index is decoded and checked against modules and payload."""
-        if "index" not in streams:
-            raise FormatError("rate-distortion code has no index")
-        code = cls(RDCode(dict(modules), streams["index"].numpy().tobytes(), streams["payload"].numpy().tobytes()))
-        if int(code._width.sum()) < len(code.code.payload):
-            raise FormatError(f"payload has {len(code.code.payload)} bytes, its index accounts for {code._width.sum()}")
+        if config:
+            raise FormatError(f"rate-distortion code has config {str(dict(config))[:60]}, it takes none")
+        # Of the mapped file: bytes are read when a module is decoded.
+        payload = memoryview(streams["payload"].numpy())  # type: ignore[arg-type]  # numpy's stubs, before 3.12
+        code = cls(RDCode(dict(modules), streams["index"].numpy().tobytes(), payload))
+        if int(code._width.sum()) < len(payload):
+            raise FormatError(f"payload has {len(payload)} bytes, its index accounts for {code._width.sum()}")
+        code._check_lengths()
         return code
+
+    def _check_lengths(self) -> None:
+        """Refuse streams too short for their samples before memory for those is asked for."""
+        for name, (m, n) in self.modules.items():
+            for d in self._span[name]:
+                for (_, start, stop), nbytes in zip(pieces(m, n), self._index.lengths[d], strict=True):
+                    if stop - start > MOST_SAMPLES * nbytes:
+                        raise FormatError(f"{name}: a stream of {nbytes} bytes claims {stop - start} samples")
 
     @cached_property
     def _index(self) -> Index:
@@ -97,7 +109,7 @@ class RateDistortion:
 
     def select(self, names: Sequence[str]) -> RateDistortion:
         """Return the code of some of the modules, every stream unchanged, index made anew."""
-        if list(names) == list(self.code.shapes) and bool(self._where[1].all()):
+        if len(names) == len(self.modules) and list(names) == list(self.modules) and bool(self._where[1].all()):
             return self
         start, whole = self._where
         mine = [[d for d in self._span[n] if whole[d]] for n in names]
@@ -114,5 +126,5 @@ class RateDistortion:
         return RateDistortion(cut(self.code, nbytes))
 
 
-def _bytes(data: bytes) -> Tensor:
+def _tensor(data: bytes | memoryview) -> Tensor:
     return torch.frombuffer(bytearray(data), dtype=torch.uint8) if data else torch.empty(0, dtype=torch.uint8)

@@ -157,6 +157,8 @@ def decode_index(data: bytes, shapes: Sequence[tuple[int, int]]) -> Index:
             mantissa = (1 << precision) + fixed(precision)
             if not (0 <= v <= CLASS_LIMIT and 0 <= v + u_over_v <= CLASS_LIMIT and abs(exponent) < 200):
                 raise AdaptcError(f"module {len(out.counts) - 1} has classes {v}, {v + u_over_v}, exponent {exponent}")
+            if (m + n) // LANE > len(bits) - at:
+                raise AdaptcError(f"index ends after {len(data)} bytes, in the middle of a direction")
             lengths = [want + _unzigzag(rice(4)) for want in expected_nbytes(m, n, v + u_over_v, v)]
             if min(lengths) < 0:
                 raise AdaptcError(f"module {len(out.counts) - 1} has a stream of {min(lengths)} bytes")

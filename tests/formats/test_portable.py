@@ -179,7 +179,7 @@ def test_a_flipped_bit_is_found(tmp_path: Path) -> None:
     ({"format": None}, "no format version"),
     ({"codes": [{"codec": "nope", "modules": []}]}, "nope"),
     ({"codes": []}, "not named in the manifest"),
-    ({"groups": 3}, "malformed"),
+    ({"groups": 3}, "groups is no list"),
     ({"replaced": {"head.weight": "carried.99"}}, "does not hold"),
     ({"sums": {}}, "disagree about tensor"),
 ])

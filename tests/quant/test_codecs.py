@@ -109,7 +109,7 @@ def test_medians_are_the_published_ones() -> None:
 
 def test_nf4_tables() -> None:
     assert len(LEVELS) == 16
-    assert LEVELS == tuple(sorted(LEVELS))
+    assert tuple(sorted(LEVELS)) == LEVELS
     table = dynamic_map()
     assert table.numel() == 256
     assert bool((table[1:] > table[:-1]).all())

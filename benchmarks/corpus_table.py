@@ -100,7 +100,8 @@ def written(source: Source, adapter: Adapter, dialect: str) -> str:
         again = open_source(out)
         before, after = held_tensors(source, adapter), held_tensors(again, adapter)
         if Counter(map(exact, before.values())) == Counter(map(exact, after.values())):
-            return SAME if {k: exact(t) for k, t in before.items()} == {k: exact(t) for k, t in after.items()} else OTHER
+            keyed = [{k: exact(t) for k, t in side.items()} for side in (before, after)]
+            return SAME if keyed[0] == keyed[1] else OTHER
         return same_deltas(adapter, recognise(again)[0].read(again), fmt.title)
 
 
@@ -123,10 +124,11 @@ def markdown(table: Iterable[Row]) -> str:
     """Return the page."""
     found = list(table)
     by = Counter("read" if r.dialect != "refused" else "refused by name" for r in found)
+    counted = ", ".join(f"{n} {what}" for what, n in sorted(by.items()))
     lines = ["# Real adapters, read and written back", "",
-             f"{len(found)} published adapters: {', '.join(f'{n} {what}' for what, n in sorted(by.items()))}. Every tensor",
-             "of a file is a factor of a delta, carried beside the deltas, or a scalar that is part of a multiplier; the",
-             "table is refused by its own script if one is nowhere. Made by `benchmarks/corpus_table.py`.", "",
+             f"{len(found)} published adapters: {counted}. Every tensor of a file is a factor of a delta,",
+             "carried beside the deltas, or a scalar that is part of a multiplier; the script stops without a table",
+             "if one is nowhere. Made by `benchmarks/corpus_table.py`.", "",
              "| adapter | dialect | tensors | deltas | carried | scalars | written back untouched |",
              "|---|---|---:|---:|---:|---:|---|"]
     for r in found:

@@ -81,13 +81,12 @@ def target(opened: Opened, out: str | None, tag: str, to: str | None, force: boo
 
 
 def _beside(opened: Opened, fmt: Format, tag: str) -> Path:
-    source = opened.source.path
+    source, suffix = opened.source.path, getattr(fmt, "suffix", ".safetensors")
     if not Path(opened.name).exists():  # a Hub id, read from the cache
         return Path(f"{opened.name.rsplit('/', 1)[-1]}-{tag}")
     if source.is_dir():
         whole = source.resolve() if source.name in ("", "..") else source
-        name = whole.name
-        return whole.with_name(f"{name}-{tag}") if fmt.writes == "folder" else whole / f"{name}.{tag}.safetensors"
+        return whole.with_name(f"{whole.name}-{tag}" if fmt.writes == "folder" else f"{whole.name}.{tag}{suffix}")
     if fmt.writes == "folder" and source.suffix != ".safetensors":
         return source.with_name(f"{source.stem}-{tag}")
-    return source.with_name(f"{source.stem.removesuffix('.adaptc')}.{tag}{getattr(fmt, 'suffix', '.safetensors')}")
+    return source.with_name(f"{source.stem.removesuffix('.adaptc')}.{tag}{suffix}")

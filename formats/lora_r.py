@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
-import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from adaptc.delta import LowRank
 from adaptc.errors import FormatError, NeedsError
@@ -37,8 +37,11 @@ def one_rank(factors: Mapping[str, LowRank], alpha: float, uniform: bool) -> dic
         rank = most if uniform else d.rank
         if alpha / rank != d.scale:
             b = (b.double() * (d.scale * rank / alpha)).to(b.dtype)
-        if rank > d.rank:
-            a = torch.cat([a, a.new_zeros(rank - d.rank, a.shape[1])])
-            b = torch.cat([b, b.new_zeros(b.shape[0], rank - d.rank)], 1)
-        out[key] = (a, b)
+        out[key] = padded(a, b, rank)
     return out
+
+
+def padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """Return a (..., rank, n), b (..., m, rank) with the same product: zero rows and columns for what is missing."""
+    missing = rank - a.shape[-2]
+    return (pad(a, (0, 0, 0, missing)), pad(b, (0, missing))) if missing else (a, b)

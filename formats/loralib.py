@@ -11,7 +11,7 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.delta import Delta, LowRank
-from adaptc.errors import FormatError
+from adaptc.errors import FormatError, UnsupportedError
 from adaptc.formats.flat_yaml import Scalar, read_flat_yaml
 from adaptc.formats.format import Evidence, read_history
 from adaptc.formats.lora_r import alpha_of, one_rank
@@ -30,7 +30,8 @@ class Loralib(TorchFile):
     dW = alpha / r B A. A MergedLinear of g groups stores A (g r, in), B (sum of rows, r): group i is B_i A_i on its own
     rows of the fused weight, so each group is a part (adaptc.formats.parts) that keeps its own rank. Which rows is
     known for three groups of equal size and from LitGPT's configs; else the groups are compressed and written back,
-    but not converted. A ConvLoRA pair is read as the matrix its factors multiply to, which has the same entries.
+    but not converted. ConvLoRA stores r times the kernel size where others store r, which no shape tells: modules that
+    are called conv are refused, and no other convolution may be read with this.
     """
 
     id: ClassVar[str] = "loralib"
@@ -60,6 +61,8 @@ class Loralib(TorchFile):
         deltas: dict[str, Delta] = {}
         layout: dict[str, str] = {}
         for module, tensors in modules.items():
+            if "conv" in module.rpartition(".")[2].lower() or f"{module}.conv.bias" in replaced:
+                raise UnsupportedError(f"{module}: ConvLoRA stores rank times kernel size, and the file tells neither")
             a, b = pair(module, tensors, "lora_A", "lora_B")
             _module(module, a, b, alpha, told, deltas, layout)
         if any(k in deltas for k in replaced):

@@ -16,6 +16,7 @@ from adaptc.delta import BaseFree, Delta, LowRank, NeedsBase
 from adaptc.errors import FormatError, NeedsError, UnsupportedError
 from adaptc.formats.config_json import parse_config
 from adaptc.formats.format import Content, Evidence, Format, TensorsFile, history_metadata, read_history
+from adaptc.formats.lora_r import padded
 from adaptc.formats.peft_parts import pair
 from adaptc.formats.peft_write import stored
 from adaptc.formats.source import Source
@@ -31,7 +32,8 @@ class Mlx(Format):
     """mlx-lm LoRA, DoRA, expert (SwitchLinear) and full fine-tunes.
 
     dW = scale (lora_a lora_b)^T: `scale` is the multiplier itself, whatever `alpha` or `rank` say beside it, so a new
-    rank needs no new scale. A bare file takes it from --alpha, which here is MLX's scale and not divided by the rank.
+    rank needs no new scale. mlx-lm builds every module at the config's rank and refuses other shapes, so smaller ranks
+    are padded with zeros. A bare file takes it from --alpha, which here is MLX's scale and not divided by the rank.
     """
 
     id: ClassVar[str] = "mlx"
@@ -174,10 +176,11 @@ def _written(adapter: Adapter, lost: set[str]) -> tuple[dict[str, Tensor], dict[
     kept = {k: low for k, d in adapter.deltas.items() if d.nbytes and not any(w.startswith(f"{k}:") for w in lost)
             and (low := _direction(d)) is not None}
     scale = Counter(low.scale for low in kept.values()).most_common(1)[0][0] if kept else 1.0
+    rank = max((low.rank for low in kept.values()), default=0)
     tensors: dict[str, Tensor] = {}
     for key, low in kept.items():
         module, layout = key.removesuffix(".weight"), adapter.origin.layout.get(key, "")
-        right, left = stored(low)
+        right, left = padded(*stored(low), rank)
         if low.scale != scale:  # one scale for the whole file
             left = (left.double() * (low.scale / scale if scale else 1.0)).to(left.dtype)
         a, b = (right, left) if right.dim() == 3 else (left, right) if layout == "embedding" else (right.mT, left.mT)
@@ -186,12 +189,11 @@ def _written(adapter: Adapter, lost: set[str]) -> tuple[dict[str, Tensor], dict[
         if isinstance(delta, NeedsBase):
             tensors[f"{module}.m"] = delta.tensors["magnitude"].flatten()
     tensors |= {k: v for k, v in adapter.replaced.items() if isinstance(v, torch.Tensor)} | dict(adapter.extra)
-    return tensors, _config(adapter, kept, scale)
+    return tensors, _config(adapter, kept, rank, scale)
 
 
-def _config(adapter: Adapter, parts: Mapping[str, LowRank], scale: float) -> dict[str, Any]:
+def _config(adapter: Adapter, parts: Mapping[str, LowRank], rank: int, scale: float) -> dict[str, Any]:
     origin = adapter.origin
-    rank = max((p.rank for p in parts.values()), default=0)
     mine = origin.dialect == "mlx"
     config: dict[str, Any] = dict(origin.config) if mine else {
         "fine_tune_type": "dora" if any(isinstance(d, NeedsBase) for d in adapter.deltas.values()) else "lora",

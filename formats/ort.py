@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import zipfile
 from collections.abc import Mapping
+from pathlib import Path
 from typing import ClassVar
 
 import numpy as np
@@ -13,7 +14,7 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.delta import Delta, LowRank
-from adaptc.errors import FormatError, UnsupportedError
+from adaptc.errors import FormatError, UnsupportedError, UsageError
 from adaptc.formats.format import Content, Evidence, Format
 from adaptc.formats.peft_parts import pair
 from adaptc.formats.peft_write import stored
@@ -83,6 +84,12 @@ class OrtGenai(Format):
         lost += [f"{k}: {'replaces rows only' if isinstance(r, Rows) else 'a full weight'}, no factors"
                  for k, r in adapter.replaced.items()]
         return tuple(lost)
+
+    def write(self, adapter: Adapter, out: Path) -> None:
+        """Write the archive. Raises UsageError for a name that its readers would not take for one."""
+        if out.suffix != self.suffix:
+            raise UsageError(f"{self.title} adapters are npz archives, {out.name} is not called so")
+        super().write(adapter, out)
 
     def contents(self, adapter: Adapter) -> Mapping[str, Content]:
         """Return the archive, uncompressed, its size known without the values."""

@@ -1,4 +1,4 @@
-"""Published adapters: each is read with every tensor accounted for, or refused by name; untouched, the bits come back."""
+"""Published adapters: read with every tensor accounted for, or refused by name; untouched, the bits come back."""
 
 from __future__ import annotations
 

@@ -121,6 +121,13 @@ def test_configs_that_contradict_the_tensors(tmp_path: Path) -> None:
         adaptc.load(litgpt(tmp_path / "x", tensors, "lora_alpha: 16\n", "n_head: 4\nn_query_groups: 1\nhead_size: 4\n"))
 
 
+def test_convolutions_are_refused(tmp_path: Path) -> None:
+    """Their rank is multiplied by the kernel size, so alpha over the stored rank would be wrong by that factor."""
+    tensors = {"features.conv1.lora_A": noise(6, 12), "features.conv1.lora_B": noise(18, 6)}
+    with pytest.raises(UnsupportedError, match="ConvLoRA"):
+        adaptc.load(put(tmp_path / "x.pt", tensors), alpha=8)
+
+
 def test_converted_to_peft_it_is_one_factor_pair(tmp_path: Path) -> None:
     tensors = {"h.attn.c_attn.lora_A": noise(6, 16), "h.attn.c_attn.lora_B": noise(36, 2, seed=1)}
     adapter = adaptc.load(put(tmp_path / "x.pt", tensors), alpha=4)

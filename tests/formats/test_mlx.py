@@ -96,6 +96,7 @@ def test_one_scale_for_modules_of_several(tmp_path: Path) -> None:
     held = stored(out / "adapters.safetensors")
     for key, delta in deltas.items():
         stem = key.removesuffix(".weight")
+        assert held[f"{stem}.lora_a"].shape == (8, 4)  # mlx-lm refuses any but the config's rank
         x = noise(3, 8, seed=5)
         got = forward(x, held[f"{stem}.lora_a"], held[f"{stem}.lora_b"], 2.0)
         torch.testing.assert_close(got, (x.double() @ delta.dense().T).float(), rtol=1e-6, atol=1e-6)

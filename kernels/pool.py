@@ -121,11 +121,13 @@ class Batch:
     """Which rows of a batch run through which slot, built once for all layers of a forward pass.
 
     runs (R, 3) int32: slot (-1: base alone), first row, one past the last; no run is longer than `CHUNK` rows.
-    first (tiles + 1,) int32: the first run that reaches into each tile of `TILE` rows, and R.
+    first (tiles + 1,) int32: the first run that reaches into each tile of `TILE` rows, and R. each (M,) int32: the
+    slot of every row.
     """
 
     runs: Tensor
     first: Tensor
+    each: Tensor
     rows: int
     slots: tuple[int, ...]
 
@@ -145,7 +147,8 @@ def batch(slots: list[int], device: torch.device | str = "cpu") -> Batch:
     starts = [next((i for i, run in enumerate(runs) if run[2] > row), len(runs)) for row in range(0, len(slots), TILE)]
     table = torch.tensor(runs, dtype=torch.int32).view(-1, 3)
     first = torch.tensor([*starts, len(runs)], dtype=torch.int32)
-    return Batch(table.to(device), first.to(device), len(slots), tuple(sorted(set(slots) - {-1})))
+    each = torch.tensor(slots, dtype=torch.int32)
+    return Batch(table.to(device), first.to(device), each.to(device), len(slots), tuple(sorted(set(slots) - {-1})))
 
 
 def _chunks(adapter: Resident, dtype: torch.dtype) -> tuple[list[Tensor], list[Tensor], list[Tensor]]:

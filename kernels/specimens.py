@@ -88,7 +88,7 @@ def _many() -> Iterator[Launch]:
     ):
         pool = Pool(64, 4, device="meta")
         pool.kinds, pool.widest = kinds, 4
-        runs = batch.Batch(empty(32, 3, dtype=torch.int32), empty(9, dtype=torch.int32), rows, ())
+        runs = batch.Batch(empty(32, 3, dtype=torch.int32), empty(9, dtype=torch.int32), empty(rows, dtype=torch.int32), rows, ())
         mixture = "mixed" if kinds[PLAIN] else "planes"
         x, w = empty(rows, N, dtype=dtype), weight(code, dtype)
         name = f"batch/{code}-{name_of(dtype)}-{mixture}-m{rows}"

@@ -201,17 +201,29 @@ def announce(gate):
 
 
 @triton.jit
-def enter(gate, producers, consumers):
-    """Count this program among the consumers of a gate, in the low half, and spin until every producer has announced.
+def enter(gate, counter):
+    """Count this program among the consumers of a gate (low half) and on a counter; return what both held before.
 
-    The last consumer to enter zeroes the gate once all producers have come, so a consumer that still spins reads zero:
-    its own count keeps the word above zero until then. One round trip when nobody has to wait.
+    One instruction for two addresses, so that the two round trips overlap; `settle` must follow.
     """
-    seen = tl.atomic_add(gate, 1, sem="acq_rel", scope="gpu")
-    mine = seen % 65536
-    while (seen // 65536 < producers) & (seen >= 0):
-        seen = tl.atomic_add(gate, 0, sem="acquire", scope="gpu")
-        seen = tl.where(seen == 0, -1, seen)
-    if mine == consumers - 1:
-        tl.atomic_xchg(gate, 0, sem="release", scope="gpu")
-    tl.debug_barrier()
+    tl.debug_barrier()  # every thread has stored before one of them announces it
+    pair = tl.arange(0, 2)
+    old = tl.atomic_add(tl.where(pair == 0, gate, counter), tl.full((2,), 1, tl.int32), sem="acq_rel", scope="gpu")
+    return tl.sum(tl.where(pair == 0, old, 0), axis=0), tl.sum(tl.where(pair == 1, old, 0), axis=0)
+
+
+@triton.jit
+def settle(gate, seen, needed, producers, consumers):
+    """Where `needed`, spin until every producer has announced; the last consumer to have entered zeroes the gate.
+
+    It does so only once all producers have come, so a consumer that still spins may read zero, and only then: its own
+    count keeps the word above zero before.
+    """
+    final = seen % 65536 == consumers - 1
+    if needed | final:
+        while (seen // 65536 < producers) & (seen >= 0):
+            seen = tl.atomic_add(gate, 0, sem="acquire", scope="gpu")
+            seen = tl.where(seen == 0, -1, seen)
+        if final:
+            tl.atomic_xchg(gate, 0, sem="release", scope="gpu")
+        tl.debug_barrier()

@@ -60,12 +60,15 @@ def launch(x: Tensor, weight: Weight, pool: Pool, rows: Batch, bias: Tensor | No
     slices = -(-k // kq)
     if m <= MAX_ROWS:
         t = plan(m, n, k, weight.code)
+        # four slices at most: every tile adds them up again for each of the 16 planes of a word
+        kq = PAGE * -(-k // (4 * PAGE))
+        slices = -(-k // kq)
         blocks, shrunk = -(-n // t.bn), slices * m * 16 * wide
         room = scratch(x.device, 1 + blocks, shrunk + blocks * t.split * t.bn * t.bm)
-        many_decode_kernel[(count * slices + blocks * t.split,)](
-            x, *reads, *store, rows.runs, y, room.floats, room.floats[shrunk:], room.flags,
-            m, count, x.stride(0), pool.pages.stride(0), **shared, **base, SLICES=slices, KQ=kq, SPLIT=t.split,
-            KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, BQ=128, num_warps=t.warps, num_stages=t.stages,
+        many_decode_kernel[(m * slices + blocks * t.split,)](
+            x, *reads, *store, rows.each, y, room.floats, room.floats[shrunk:], room.flags,
+            m, x.stride(0), pool.pages.stride(0), **shared, **base, SLICES=slices, KQ=kq, SPLIT=t.split,
+            KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, num_warps=t.warps, num_stages=t.stages,
         )  # fmt: skip
         return y
     t2 = tiles(m, n, k, weight.code, x.dtype == torch.float32)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from adaptc.kernels.tiles import announce, arrive, base_tile, dot, dot_wide, enter, factor_tile
+from adaptc.kernels.tiles import announce, arrive, base_tile, dot, dot_wide, enter, factor_tile, settle
 
 
 @triton.jit
@@ -65,10 +65,15 @@ def decode_kernel(
         last = True
         if SPLIT > 1:
             tl.store(partial + (tile * SPLIT + split) * (BN * BM) + here, acc, mask=rows[None, :] < M)
+        if TP > 0:
+            seen, arrived = enter(flags, flags + 1 + tile)
+            last = arrived == SPLIT - 1
+            settle(flags, seen, last, SLICES, ((N + BN - 1) // BN) * SPLIT)
+        elif SPLIT > 1:
             last = arrive(flags + 1 + tile) == SPLIT - 1
         if last:
             if TP > 0:
-                enter(flags, SLICES, (N + BN - 1) // BN)
+                tl.store(flags + 1 + tile, 0)
                 g = tl.zeros((TP, BM), dtype=tl.float32)
                 for s in tl.static_range(SLICES):
                     at = (s * BM + rows[None, :]) * TP + tl.arange(0, TP)[:, None]

@@ -1,9 +1,9 @@
 """Error of dW against stored bits, module by module: python benchmarks/quant_error.py SHARED [--plot OUT.png]
 
-Trained LoRA pairs of SHARED/corpus and SHARED/arena, up to six modules an adapter, each coded alone with its own budget;
-index and payload are both counted. Beside it, at the same bytes: optimal truncation + NF4 (double quantization); and
-plain sign * mean. Adapters of rank 1 to 4 are listed apart. peft-reg-* and ortgenai-* (not trained) and petlvit-* (1-bit
-already) are left out.
+Trained LoRA pairs of SHARED/corpus and SHARED/arena, up to six modules an adapter, each coded alone with its own
+budget; index and payload are both counted. Beside it, at the same bytes: optimal truncation + NF4 (double
+quantization); and plain sign * mean. Adapters of rank 1 to 4 are listed apart. peft-reg-* and ortgenai-* (not trained)
+and petlvit-* (1-bit already) are left out.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 224 modules (32 layers of q, k, v, o 4096 x 4096; gate, up 11008 x 4096; down 4096 x 11008) with random factors whose
 singular values fall as k^-0.7. Encoding runs on one core. Decoding is timed as the best of five, after one to warm up;
-"produced" counts the float32 factors that come out (the kept directions), "adapter" the float32 adapter that they stand for.
+"produced" counts the float32 factors that come out (the kept directions), "adapter" the float32 adapter they stand for.
 Both wall and processor time are printed: they differ where the machine is busy with something else.
 """
 

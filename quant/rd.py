@@ -18,12 +18,12 @@ import numpy.typing as npt
 from adaptc.errors import FormatError, UsageError
 from adaptc.quant import allocate
 from adaptc.quant.allocate import Doubles, Spectra
-from adaptc.quant.rd_fit import Coded, Fit, Module, Svd, fit_directions, svd_of
+from adaptc.quant.rd_fit import Coded, Fit, Module, Svd, fit_directions, split_gains, svd_of
 from adaptc.quant.rd_index import Index, decode_index, encode_index, payload_order, pieces
 from adaptc.quant.rd_tables import Ints
 from adaptc.quant.tans import Lanes, decode_lanes, encode_lanes
 
-__all__ = ["Budget", "Module", "RDCode", "cut", "decode", "encode"]
+__all__ = ["Budget", "Module", "RDCode", "cut", "decode", "encode", "scale_gains"]
 
 Floats = npt.NDArray[np.float32]
 Column = npt.NDArray[Any]
@@ -237,3 +237,21 @@ def cut(code: RDCode, nbytes: int) -> RDCode:
         middle = (low + high + 1) // 2
         low, high = (middle, high) if first(middle).nbytes <= nbytes else (low, middle - 1)
     return first(low)
+
+
+def scale_gains(code: RDCode, factors: Mapping[str, npt.NDArray[np.floating[Any]]]) -> RDCode:
+    """Multiply the gains of each module, in the order of `decode`, by positive `factors`; the payload stays as it is.
+
+    Raises:
+        UsageError: a factor is not positive, or a module has another number of directions.
+    """
+    sizes = list(code.shapes.values())
+    index = decode_index(code.index, sizes)
+    given = [np.asarray(factors[name], np.float64) for name in code.shapes]
+    for name, count, factor in zip(code.shapes, index.counts, given, strict=True):
+        if len(factor) != count or not ((factor > 0) & np.isfinite(factor)).all():
+            raise UsageError(f"{name}: wants {count} positive factors, got {len(factor)}")
+    gain = np.ldexp(np.array(index.mantissa, np.float64), np.array(index.exponent, np.int64))
+    mantissa, exponent = split_gains(gain * np.concatenate([*given, np.zeros(0)]), index.precision)
+    index = replace(index, mantissa=mantissa.tolist(), exponent=exponent.tolist())
+    return RDCode(code.shapes, encode_index(index, sizes), code.payload)

@@ -144,7 +144,7 @@ def _assemble(gains: list[Doubles], v: Coded, u: Coded, error: float) -> Fit:
     precision = int(np.clip(np.ceil(np.log2(4 / max(error, 1e-4))), 4, 15))
     gain = np.concatenate(gains)
     alive = np.flatnonzero(gain > 0)
-    mantissa, exponent = _split(gain[alive], precision)
+    mantissa, exponent = split_gains(gain[alive], precision)
     v, u = (
         Coded([side.row[d] for d in alive], [side.raw[d] for d in alive], side.code[alive], side.bits)
         for side in (v, u)
@@ -174,7 +174,7 @@ def _gains(svd: Svd, p: Doubles, q: Doubles) -> tuple[Doubles, float]:
     return gain, float(svd.s @ svd.s - 2 * gain @ h + gain @ gram @ gain)
 
 
-def _split(gain: Doubles, precision: int) -> tuple[Ints, Ints]:
+def split_gains(gain: Doubles, precision: int) -> tuple[Ints, Ints]:
     """Round positive gains to mantissa * 2^exponent with `precision` bits after the leading one."""
     fraction, exponent = np.frexp(gain)
     mantissa = np.rint(np.ldexp(fraction, precision + 1)).astype(np.int64)

@@ -23,6 +23,7 @@ _STATES = 8 * SIZE  # entries of a class: one table for each trellis state
 _SYMBOLS = 64  # columns of a row of symbols: level + 32
 _BIAS = 64  # added to a point to store it in seven bits
 _BLOCK = 8192  # lanes decoded together
+_TILE = 64  # samples decoded before they move to their lanes
 
 
 @dataclass(frozen=True)
@@ -208,7 +209,8 @@ def _decode_block(
     x = (windows[index] << (at & 15)) >> (32 - TABLE_BITS)
     at += TABLE_BITS
     state = x.astype(np.int64) + _origin(lanes.first)
-    symbol = np.empty((steps, count), np.uint8)
+    symbol = np.empty((_TILE, count), np.uint8)
+    points = np.zeros((count, steps), np.int8)
     raw = np.empty((steps, count) if coarse else (0, 0), np.uint16)
     shift = shifts[0].copy()
     entry, word, bits = np.empty(count, np.uint32), np.empty(count, np.uint32), np.empty(count, np.uint32)
@@ -219,10 +221,11 @@ def _decode_block(
             state[lane] = (state[lane] & (SIZE - 1)) + _origin(lanes.second[lane])
             shift[lane] = shifts[1, lane]
         e, w, b, j, s, a = entry[:n], word[:n], bits[:n], index[:n], state[:n], at[:n]
-        np.take(look_up, s, out=e, mode="clip")
-        symbol[i, :n] = e
-        np.right_shift(a, 4, out=j, casting="unsafe")
-        np.take(windows, j, out=w, mode="clip")
+        look_up.take(s, out=e, mode="clip")
+        symbol[i % _TILE, :n] = e
+        np.right_shift(a, 4, out=b)
+        np.copyto(j, b)  # a cast of its own is faster than one inside the operation
+        windows.take(j, out=w, mode="clip")
         np.bitwise_and(a, 15, out=b)
         np.left_shift(w, b, out=w)
         np.right_shift(e, 7, out=b)
@@ -240,23 +243,28 @@ def _decode_block(
             np.bitwise_and(w, (1 << shift[:n]) - 1, out=raw[i, :n], casting="unsafe")
             np.right_shift(w, shift[:n], out=w)
         np.right_shift(e, 11, out=e)
-        np.add(e, w, out=s, casting="unsafe")
-    points = (symbol & 127).view(np.int8) - np.int8(_BIAS)
+        np.add(e, w, out=e)
+        np.copyto(s, e)
+        if i % _TILE == _TILE - 1 or i + 1 == steps:  # turn a tile round while it is in the cache
+            first = i - i % _TILE
+            tile = symbol[: i + 1 - first] & np.uint8(127)
+            points[:, first : i + 1] = tile.T
+    points -= np.int8(_BIAS)
     if coarse:
         return _refine(points, raw, lanes, shifts), ends
-    return np.ascontiguousarray(points.T), ends
+    return points, ends
 
 
 def _refine(
     leading: npt.NDArray[np.int8], raw: npt.NDArray[np.uint16], lanes: Lanes, shifts: npt.NDArray[np.uint32]
 ) -> npt.NDArray[np.int32]:
-    """Turn leading parts and raw bits of the coarse runs into points; fine runs are points already."""
+    """Turn leading parts (lanes, steps) and raw bits (steps, lanes) of coarse runs into points; fine runs are that."""
     out = leading.astype(np.int32)
     for run, (begin, end) in enumerate(((np.zeros_like(lanes.split), lanes.split), (lanes.split, lanes.length))):
         for first, stop in {(int(a), int(b)) for a, b in zip(begin, end, strict=True)}:
             lane = np.flatnonzero((begin == first) & (end == stop) & (shifts[run] > 0))
             if len(lane) and first < stop:
                 shift = shifts[run, lane].astype(np.int32)
-                level = (out[first:stop, lane] << shift) + raw[first:stop, lane] - (1 << shift >> 1)
-                out[first:stop, lane] = walk(level)[0]
-    return np.ascontiguousarray(out.T)
+                level = (out[lane, first:stop].T << shift) + raw[first:stop, lane] - (1 << shift >> 1)
+                out[lane, first:stop] = walk(level)[0].T
+    return out

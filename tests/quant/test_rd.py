@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -104,7 +106,7 @@ def test_every_prefix_decodes_and_the_error_falls_with_its_length():
     for nbytes in np.linspace(0, len(code.payload), 23).astype(int):
         errors.append(error(modules, decode(RDCode(code.shapes, code.index, code.payload[:nbytes]))))
     assert errors[0] == 1.0
-    assert all(later <= earlier * 1.02 for earlier, later in zip(errors, errors[1:], strict=False))
+    assert all(later <= earlier * 1.02 for earlier, later in pairwise(errors))
     assert errors[len(errors) // 2] < 0.75
 
 

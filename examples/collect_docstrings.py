@@ -32,6 +32,7 @@ AREAS = {
 LABELS = {area: number for number, area in enumerate(AREAS)}
 SKIPPED_FOLDERS = {"test", "tests", "idle_test", "site-packages", "pgen2", "fixes"}
 CHARACTERS = 280  # more than the 64 tokens that the model sees
+OVERLAP = 0.8  # the share of common words at which a training row is too like a test row
 WORDS = 5  # the shortest docstring worth classifying
 
 
@@ -67,15 +68,26 @@ def is_test(text: str) -> bool:
     return hashlib.sha256(" ".join(words(text)[:4]).encode()).digest()[0] < 64  # a quarter of 256
 
 
+def unlike(rows: list[tuple[str, str]], others: list[tuple[str, str]]) -> list[tuple[str, str]]:
+    """Return the rows that share fewer than OVERLAP of their distinct words with every other row."""
+    seen = [frozenset(words(text)) for _, text in others]
+    kept = []
+    for area, text in rows:
+        mine = frozenset(words(text))
+        if all(len(mine & theirs) < OVERLAP * len(mine | theirs) for theirs in seen):
+            kept.append((area, text))
+    return kept
+
+
 def main() -> None:
     """Write both files and print how many rows each area has."""
     rows = collect(pathlib.Path(sysconfig.get_paths()["stdlib"]))
-    for name, side in ("docstrings.tsv", True), ("docstrings-train.tsv", False):
-        lines = [f"{LABELS[area]}\t{text}\n" for area, text in rows if is_test(text) is side]
-        (HERE / name).write_text("".join(lines), encoding="utf8")
+    test = [row for row in rows if is_test(row[1])]
+    train = unlike([row for row in rows if not is_test(row[1])], test)
+    for name, side in ("docstrings.tsv", test), ("docstrings-train.tsv", train):
+        (HERE / name).write_text("".join(f"{LABELS[area]}\t{text}\n" for area, text in side), encoding="utf8")
     for area in AREAS:
-        sides = [is_test(text) for label, text in rows if label == area]
-        print(f"{area:12} {len(sides) - sum(sides):5} train {sum(sides):5} test")
+        print(f"{area:12}", *(f"{sum(row[0] == area for row in side):5}" for side in (train, test)))
 
 
 if __name__ == "__main__":

@@ -12,13 +12,14 @@ import importlib.util
 import json
 import pathlib
 import sys
+import warnings
 from typing import Any
 
 import torch
+import transformers
 from peft import PeftModel
-from safetensors.torch import load_file
+from safetensors.torch import load
 from transformers import AutoModelForSequenceClassification, AutoTokenizer
-from transformers.utils import logging
 
 HERE = pathlib.Path(__file__).parent
 ADAPTER = HERE / "docstrings-adapter"
@@ -42,20 +43,22 @@ def read_rows(path: pathlib.Path) -> list[Row]:
 
 def classifier(labels: int) -> Any:
     """Return the base model with a fresh head of `labels` rows."""
-    logging.set_verbosity_error()
-    logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning)  # transformers on peft's use of it
+    log: Any = transformers.logging
+    log.set_verbosity_error()
+    log.disable_progress_bar()
     return AutoModelForSequenceClassification.from_pretrained(base_folder(), num_labels=labels)
 
 
 def with_adapter(folder: pathlib.Path | None) -> Any:
     """Return the base model with the deltas of `folder` (none: no deltas) under the head of docstrings-adapter."""
-    stored = load_file(ADAPTER / "adapter_model.safetensors")
+    stored = load((ADAPTER / "adapter_model.safetensors").read_bytes())
     head = {key.rsplit(".", 1)[1]: value.float() for key, value in stored.items() if ".classifier." in key}
     base = classifier(len(head["bias"]))
     base.classifier.load_state_dict(head)
     if folder is None:
         return base.eval()
-    model = PeftModel.from_pretrained(base, folder)
+    model: Any = PeftModel.from_pretrained(base, folder)
     loaded = model.base_model.model.classifier
     getattr(loaded, "modules_to_save", {"default": loaded})["default"].load_state_dict(head)
     return model.eval()

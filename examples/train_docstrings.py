@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig, TaskType, get_peft_model
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, save
 from score_docstrings import ADAPTER, HERE, TOKENS, Row, base_folder, classifier, read_rows, score
 from transformers import AutoTokenizer
 
@@ -58,7 +58,7 @@ def fit(model: Any, rows: list[Row], epochs: int, rate: float) -> None:
     total, started = 0.0, time.monotonic()
     for step, (tokens, labels) in enumerate(batches(list(rows), epochs), 1):
         loss = torch.nn.functional.cross_entropy(model(**tokens).logits, labels)
-        loss.backward()
+        torch.autograd.backward(loss)
         torch.nn.utils.clip_grad_norm_(trainable, 1.0)
         optimizer.step()
         ramp.step()
@@ -80,7 +80,7 @@ def head_alone(rows: list[Row], labels: int) -> Any:
     optimizer = torch.optim.Adam(model.classifier.parameters(), lr=1e-2)
     for _ in range(500):
         optimizer.zero_grad()
-        torch.nn.functional.cross_entropy(model.classifier(features), gold).backward()
+        torch.autograd.backward(torch.nn.functional.cross_entropy(model.classifier(features), gold))
         optimizer.step()
     return model
 
@@ -100,12 +100,12 @@ def adapted(rows: list[Row], labels: int) -> Any:
     return model
 
 
-def save(model: Any, folder: pathlib.Path) -> None:
+def write(model: Any, folder: pathlib.Path) -> None:
     """Write a PEFT folder with float16 tensors and a config that names the base by its Hub id."""
     model.save_pretrained(folder)
     weights = folder / "adapter_model.safetensors"
-    tensors = {key: value.half().contiguous() for key, value in load_file(weights).items()}
-    save_file(tensors, weights, metadata={"format": "pt"})
+    tensors = {key: value.half().contiguous() for key, value in load(weights.read_bytes()).items()}
+    weights.write_bytes(save(tensors, metadata={"format": "pt"}))
     path = folder / "adapter_config.json"
     config = json.loads(path.read_text(encoding="utf8"))
     config["base_model_name_or_path"] = "sentence-transformers/all-MiniLM-L6-v2"
@@ -120,12 +120,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=pathlib.Path, default=ADAPTER)
     folder = parser.parse_args().out
+    started = time.monotonic()
     train, test = read_rows(HERE / "docstrings-train.tsv"), read_rows(HERE / "docstrings.tsv")
     labels = 1 + max(label for label, _ in train)
     print("head alone:", score(head_alone(train, labels), test), flush=True)
     model = adapted(train, labels)
     print("adapter:", score(model, test), flush=True)
-    save(model, folder)
+    write(model, folder)
+    print(f"{(time.monotonic() - started) / 60:.1f} minutes, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

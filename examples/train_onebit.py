@@ -10,6 +10,7 @@ tuned: it shows the mechanism on a real task, not the best one-bit adapter.
 
 import argparse
 import pathlib
+import random
 import shutil
 import time
 from typing import Any
@@ -57,16 +58,17 @@ def main() -> None:
     args = parser.parse_args()
     shutil.rmtree(args.out, ignore_errors=True)
     args.out.mkdir(parents=True)
-    rows, test = read_rows(HERE / "docstrings-train.tsv"), read_rows(HERE / "docstrings.tsv")
-    labels, started = 1 + max(label for label, _ in rows), time.monotonic()
-    found = {"plain, fp32": score(trained(rows[: args.rows], labels, None, args.out / "plain"), test)}
+    every, test = read_rows(HERE / "docstrings-train.tsv"), read_rows(HERE / "docstrings.tsv")
+    labels, started = 1 + max(label for label, _ in every), time.monotonic()
+    rows = random.Random(SEED).sample(every, min(args.rows, len(every)))
+    found = {"plain, fp32": score(trained(rows, labels, None, args.out / "plain"), test)}
     found["plain, then one bit"] = score(boxed(args.out / "plain", labels)[0], test)
-    trained(rows[: args.rows], labels, 1, args.out / "onebit")
+    trained(rows, labels, 1, args.out / "onebit")
     model, nbytes = boxed(args.out / "onebit", labels)
     found[f"trained at one bit ({nbytes:,} bytes with head)"] = score(model, test)
     for name, figures in found.items():
         print(f"{name:<48} " + "  ".join(f"{k} {v}" for k, v in figures.items()))
-    print(f"{args.rows} rows, {(time.monotonic() - started) / 60:.1f} minutes, {torch.get_num_threads()} threads")
+    print(f"{len(rows)} rows, {(time.monotonic() - started) / 60:.1f} minutes, {torch.get_num_threads()} threads")
 
 
 if __name__ == "__main__":

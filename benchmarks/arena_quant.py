@@ -1,4 +1,4 @@
-"""What quantized adapters are worth: python benchmarks/arena_quant.py SHARED [sst2 trec smollm2-shakespeare] [--calibrate]
+"""What quantized adapters are worth: python benchmarks/arena_quant.py SHARED [TASK ...] [--calibrate]
 
 Whole container files at 1/64, 1/128 and 1/256 of the float32 bytes of SHARED/arena's adapters (deltas only: the
 classifier head is not compressed and not counted), made by `adaptc quantize --size`, decoded by `adaptc decode` and
@@ -22,6 +22,7 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
+from safetensors.torch import save_file  # noqa: TID251 - throw-away copies
 
 import adaptc
 from adaptc.delta import LowRank
@@ -54,15 +55,22 @@ def factors(folder: Path) -> dict[str, tuple[torch.Tensor, torch.Tensor, float]]
 
 def without_head(source: Path, target: Path) -> Path:
     """Copy a PEFT folder without its classifier, which the scoring script takes from the original anyway."""
-    from safetensors.torch import save_file  # noqa: TID251 - a throw-away copy
-
     target.mkdir()
-    with safe_open(source / "adapter_model.safetensors", "pt") as file:
-        kept = {k: file.get_tensor(k) for k in file.keys() if "lora_" in k}  # noqa: SIM118
-    save_file(kept, target / "adapter_model.safetensors")
+    save_file({k: t for k, t in tensors(source).items() if "lora_" in k}, target / "adapter_model.safetensors")
     config = json.loads((source / "adapter_config.json").read_text()) | {"modules_to_save": None}
     (target / "adapter_config.json").write_text(json.dumps(config))
     return target
+
+
+def add_head(plain: Path, source: Path) -> None:
+    """Put the classifier back, without which PEFT does not load a classification adapter."""
+    head = {k: t for k, t in tensors(source).items() if "lora_" not in k}
+    save_file(tensors(plain) | head, plain / "adapter_model.safetensors")
+
+
+def tensors(folder: Path) -> dict[str, torch.Tensor]:
+    with safe_open(folder / "adapter_model.safetensors", "pt") as file:
+        return {k: file.get_tensor(k) for k in file.keys()}  # noqa: SIM118
 
 
 def adaptc_command(*args: object) -> None:
@@ -73,13 +81,15 @@ def classify(arena: Path, task: str, work: Path) -> None:
     made = factors(arena / task / "adapter")
     full = 4 * sum(b.numel() + a.numel() for b, a, _ in made.values())
     scorer = script(arena / "score.py")
-    print(f"| {task}, float32 | {full} | | | {scorer.score(arena / task, arena / task / 'adapter')['accuracy']:.3f} | |")
+    best = scorer.score(arena / task, arena / task / "adapter")["accuracy"]
+    print(f"| {task}, float32 | {full} | | | {best:.3f} | |")
     source = without_head(arena / task / "adapter", work / task)
     for part in PARTS:
         file, plain = work / f"{task}-{part}.adaptc.safetensors", work / f"{task}-{part}"
         adaptc_command("quantize", source, "-o", file, "--size", full // part)
         adaptc_command("decode", file, "--to", "peft", "-o", plain)
         after = factors(plain)
+        add_head(plain, arena / task / "adapter")
         row = f"| {task}, 1/{part} | {file.stat().st_size} | {total_error(made, after):.3f} | "
         row += f"{truncation_nf4(made, full // part).error:.3f} | "
         print(row + f"{scorer.score(arena / task, plain)['accuracy']:.3f} | |", flush=True)
@@ -109,8 +119,9 @@ def language(arena: Path, work: Path, calibrate: bool) -> None:
         adaptc_command("quantize", task / "adapter", "-o", file, "--size", full // part)
         adaptc_command("decode", file, "--to", "peft", "-o", plain)
         after = factors(plain)
-        nf4, worth = truncation_nf4(made, full // part).error, kept(scorer, model, tokens, after)
-        print(f"| lm, 1/{part} | {file.stat().st_size} | {total_error(made, after):.3f} | {nf4:.3f} | | {worth} |", flush=True)
+        row = f"| lm, 1/{part} | {file.stat().st_size} | {total_error(made, after):.3f} | "
+        row += f"{truncation_nf4(made, full // part).error:.3f} | | "
+        print(row + f"{kept(scorer, model, tokens, after)} |", flush=True)
         if calibrate:
             modules = {k: Module(b.numpy(), a.numpy(), s) for k, (b, a, s) in made.items()}
             code = encode(modules, Budget(nbytes=full // part - HEADER))
@@ -148,7 +159,8 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true")
     args = parser.parse_args()
     torch.set_num_threads(1)
-    print("| adapter | bytes of the file | error of dW | truncation + NF4 | accuracy | perplexity |\n|---|---|---|---|---|---|")
+    print("| adapter | bytes of the file | error of dW | truncation + NF4 | accuracy | perplexity |")
+    print("|---|---|---|---|---|---|")
     with tempfile.TemporaryDirectory() as folder:
         for task in args.tasks:
             if task.startswith("smollm2"):

@@ -59,7 +59,7 @@ def measure(module: Module, bits: float) -> tuple[float, float, float]:
     return 8 * code.nbytes / (module.b.size + module.a.size), error(module, *decode(code)["m"]), trivial
 
 
-def table(title: str, chosen: dict[str, list[Module]]) -> list[tuple[float, float, float]]:
+def table(title: str, chosen: dict[str, list[Module]], goals: dict[float, float]) -> list[tuple[float, float, float]]:
     print(f"\n{title}: {sum(map(len, chosen.values()))} modules of {len(chosen)} adapters")
     print("| bits asked | bits stored | error | goal | truncation + NF4 | " + " | ".join(chosen) + " |")
     print("|" + "---|" * (5 + len(chosen)))
@@ -70,7 +70,7 @@ def table(title: str, chosen: dict[str, list[Module]]) -> list[tuple[float, floa
         stored, ours, trivial = (mean(column) for column in zip(*flat, strict=True))
         curve.append((stored, ours, trivial))
         each = " | ".join(f"{mean(row[1] for row in mine):.3f}" for mine in rows.values())
-        print(f"| {bits} | {stored:.3f} | {ours:.4f} | {GOALS.get(bits, '')} | {trivial:.4f} | {each} |", flush=True)
+        print(f"| {bits} | {stored:.3f} | {ours:.4f} | {goals.get(bits, '')} | {trivial:.4f} | {each} |", flush=True)
     naive = mean(sign_mean({"m": (torch.from_numpy(m.b), torch.from_numpy(m.a), m.scale)}).error
                  for mine in chosen.values() for m in mine)
     print(f"sign * mean, 1 bit and two floats: {naive:.4f}")
@@ -111,7 +111,7 @@ def main() -> None:
         name = folder.parent.name if folder.name == "adapter" else folder.name
         for m in modules(folder):
             (high if m.a.shape[0] >= 8 else low).setdefault(name, []).append(m)
-    curves = {"rank 8 and more": table("rank 8 and more", high), "rank 1 to 4": table("rank 1 to 4", low)}
+    curves = {"rank 8 and more": table("rank 8 and more", high, GOALS), "rank 1 to 4": table("rank 1 to 4", low, {})}
     if args.plot:
         plot(curves, args.plot)
 

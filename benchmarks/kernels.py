@@ -11,6 +11,7 @@ import argparse
 import json
 import sys
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +79,9 @@ def expand_kernel(
     rows, cols = tl.arange(0, BM), tl.program_id(0) * BN + tl.arange(0, BN)
     g = tl.zeros((TP, BM), dtype=tl.float32)
     for s in tl.static_range(SLICES):
-        g += tl.load(shrunk + (s * M + rows[None, :]) * TP + tl.arange(0, TP)[:, None], mask=rows[None, :] < M, other=0.0)
+        g += tl.load(
+            shrunk + (s * M + rows[None, :]) * TP + tl.arange(0, TP)[:, None], mask=rows[None, :] < M, other=0.0
+        )
     acc = dot(factor_tile(p, cols, N, BN, TP, False, N % BN == 0, DT), g.to(DT), tl.zeros((BN, BM), tl.float32), DT)
     to = y + rows[None, :] * N + cols[:, None]
     tl.store(to, (tl.load(to, mask=rows[None, :] < M) + acc).to(y.dtype.element_ty), mask=rows[None, :] < M)
@@ -123,56 +126,74 @@ def record(what: str, m: int, n: int, k: int, us: float, needed: int, of: float 
     row = {"what": what, "M": m, "N": n, "K": k, "us": round(us, 2), "roof": round(needed / rate * 1e6 / us, 3)}
     row["of_base"] = None if of is None else round(us / of, 3)
     ROWS.append(row)
-    print(f"{what:34s} M {m:4d} {n}x{k} {us:9.2f} us  {row['roof']:.2f} of copy rate  {row['of_base']} x base", flush=True)
+    print(
+        f"{what:34s} M {m:4d} {n}x{k} {us:9.2f} us  {row['roof']:.2f} of copy rate  {row['of_base']} x base", flush=True
+    )
     return us
+
+
+def each(call: Callable[..., Any], *lists: list[Any]) -> list[Callable[[], Any]]:
+    """Return a call for every position of the lists, as far as the shortest goes."""
+    return [partial(call, *items) for items in zip(*lists, strict=False)]
 
 
 def linears(rate: float, quick: bool) -> None:
     """One adapter: every baseline on every shape."""
     for n, k in SHAPES:
         count = copies(n * k // 2)
+        ranks = (16,) if quick else (8, 16, 64)
         ws = [base(n, k, "nf4", BF16, DEVICE) for _ in range(count)]
-        ones = {r: [planes(n, k, [1] * r, DEVICE) for _ in range(count)] for r in ((16,) if quick else (8, 16, 64))}
-        halves = {r: [plain(n, k, r, BF16, DEVICE) for _ in range(count)] for r in ((16,) if quick else (8, 16, 64))}
-        dense = [torch.randn(n, k, dtype=BF16, device=DEVICE) for _ in range(4)]
+        ones = {r: [planes(n, k, [1] * r, DEVICE) for _ in range(count)] for r in ranks}
+        halves = {r: [plain(n, k, r, BF16, DEVICE) for _ in range(count)] for r in ranks}
         layers = peft_layers(n, k, 16, count)
         for m in BATCHES:
-            xs = [torch.randn(m, k, dtype=BF16, device=DEVICE) for _ in range(count)]
-            op = decode.launch if m <= decode.MAX_ROWS else prefill.launch
-            bytes_base = ws[0].nbytes + xs[0].nbytes + m * n * 2
-            b = record("nf4 base alone", m, n, k, clock([lambda x=x, w=w: op(x, w, None, 1.0) for x, w in zip(xs, ws)]), bytes_base, None, rate)
-            for kind, sets in (("1-bit", ones), ("bf16", halves)):
-                for r, adapters in sets.items():
-                    if r != 16 and m not in (1, 16):
-                        continue
-                    us = clock([lambda x=x, w=w, a=a: op(x, w, a, 1.0) for x, w, a in zip(xs, ws, adapters)])
-                    record(f"nf4 + {kind} r{r}, fused", m, n, k, us, bytes_base + adapters[0].nbytes, b, rate)
-            if m <= 64:
-                us = clock([lambda x=x, w=w, a=a: separate(x, w, a) for x, w, a in zip(xs, ws, halves[16])])
-                record("nf4 + bf16 r16, three launches", m, n, k, us, bytes_base + halves[16][0].nbytes, b, rate)
-            if layers is not None:
-                with torch.inference_mode():
-                    us = clock([lambda x=x, layer=layer: layer(x) for x, layer in zip(xs, layers)])
-                record("peft on bitsandbytes nf4, r16", m, n, k, us, bytes_base + halves[16][0].nbytes, b, rate)
-            a16 = [(a.q[:16].t().contiguous(), a.p[:16].contiguous()) for a in halves[16][:4]]
-            us = clock([lambda x=x, d=d, f=f: torch.addmm(x @ d.t(), x @ f[0], f[1]) for x, d, f in zip(xs, dense, a16)])
-            record("bf16 base, plain GEMMs, r16", m, n, k, us, dense[0].nbytes + xs[0].nbytes, b, rate)
-            del xs
+            one_shape(m, n, k, ws, ones, halves, layers, rate)
         if not quick and n == 4096:
             compiled(ws[:4], halves[16][:4], n, k, rate)
-        del ws, ones, halves, dense, layers
+        del ws, ones, halves, layers
         torch.cuda.empty_cache()
+
+
+def one_shape(
+    m: int, n: int, k: int, ws: list[Any], ones: dict[int, Any], halves: dict[int, Any], layers: Any, rate: float
+) -> None:
+    """Every way to run one layer shape at one number of rows."""
+    xs = [torch.randn(m, k, dtype=BF16, device=DEVICE) for _ in ws]
+    launch = decode.launch if m <= decode.MAX_ROWS else prefill.launch
+    lone, needed = [None] * len(ws), ws[0].nbytes + xs[0].nbytes + m * n * 2
+
+    def op(x: Tensor, w: Any, a: Any) -> Tensor:
+        return launch(x, w, a, 1.0)
+
+    b = record("nf4 base alone", m, n, k, clock(each(op, xs, ws, lone)), needed, None, rate)
+    for kind, sets in (("1-bit", ones), ("bf16", halves)):
+        for r, adapters in sets.items():
+            if r == 16 or m in (1, 16):
+                us = clock(each(op, xs, ws, adapters))
+                record(f"nf4 + {kind} r{r}, fused", m, n, k, us, needed + adapters[0].nbytes, b, rate)
+    factors = halves[16][0].nbytes
+    if m <= 64:
+        us = clock(each(separate, xs, ws, halves[16]))
+        record("nf4 + bf16 r16, three launches", m, n, k, us, needed + factors, b, rate)
+    if layers is not None:
+        with torch.inference_mode():
+            us = clock(each(lambda layer, x: layer(x), layers, xs))
+        record("peft on bitsandbytes nf4, r16", m, n, k, us, needed + factors, b, rate)
+    dense = [torch.randn(n, k, dtype=BF16, device=DEVICE) for _ in range(4)]
+    pairs = [(a.q[:16].t().contiguous(), a.p[:16].contiguous()) for a in halves[16][:4]]
+    us = clock(each(lambda x, d, f: torch.addmm(x @ d.t(), x @ f[0], f[1]), xs, dense, pairs))
+    record("bf16 base, plain GEMMs, r16", m, n, k, us, dense[0].nbytes + xs[0].nbytes, b, rate)
 
 
 def compiled(ws: list[Any], adapters: list[Any], n: int, k: int, rate: float) -> None:
     """torch.compile of the specification: dequantise, then three products."""
     from adaptc.kernels.decode import naive
 
-    fused = torch.compile(lambda x, w, a: naive.linear(x, w, a, 1.0))
+    fused = torch.compile(naive.linear)
     for m in (1, 16):
-        x = torch.randn(m, k, dtype=BF16, device=DEVICE)
+        xs = [torch.randn(m, k, dtype=BF16, device=DEVICE) for _ in ws]
         try:
-            us = clock([lambda w=w, a=a: fused(x, w, a) for w, a in zip(ws, adapters)])
+            us = clock(each(lambda x, w, a: fused(x, w, a, 1.0), xs, ws, adapters))
         except Exception as failed:  # a compiler's failure is a result here, not an end
             print("torch.compile:", str(failed)[:200])
             return
@@ -186,16 +207,14 @@ def many(rate: float) -> None:
         ws = [base(n, k, "nf4", BF16, DEVICE) for _ in range(count)]
         xs = [torch.randn(32, k, dtype=BF16, device=DEVICE) for _ in range(count)]
         needed = ws[0].nbytes + xs[0].nbytes + 64 * n
-        b = record("nf4 base alone", 32, n, k, clock([lambda x=x, w=w: decode.launch(x, w, None, 1.0) for x, w in zip(xs, ws)]), needed, None, rate)
+        us = clock(each(lambda x, w: decode.launch(x, w, None, 1.0), xs, ws))
+        b = record("nf4 base alone", 32, n, k, us, needed, None, rate)
         for kind in ("1-bit", "bf16"):
-            make = (lambda: planes(n, k, [1] * 16, DEVICE)) if kind == "1-bit" else (lambda: plain(n, k, 16, BF16, DEVICE))
-            sets = min(count, 4)  # the bf16 pool of 4 sets is larger than L2
-            one = make()
-            pool = batch.Pool(sets * 32 * 2000, sets * 32, DEVICE, BF16, 2048)
-            rows = [batch.batch([pool.put(one, 1.0) for _ in range(32)], DEVICE) for _ in range(sets)]
-            us = clock([lambda x=x, w=w, i=i: batch.launch(x, w, pool, rows[i % sets], None) for i, (x, w) in enumerate(zip(xs, ws))])
+            one = planes(n, k, [1] * 16, DEVICE) if kind == "1-bit" else plain(n, k, 16, BF16, DEVICE)
+            pool = batch.Pool(4 * 32 * 2000, 4 * 32, DEVICE, BF16, 2048)
+            rows = [batch.batch([pool.put(one, 1.0) for _ in range(32)], DEVICE) for _ in range(4)]
+            us = clock(each(batch.launch, xs, ws, [pool] * count, rows * count, [None] * count))
             record(f"nf4 + 32 distinct {kind} r16", 32, n, k, us, needed + 32 * one.nbytes, b, rate)
-            del pool
 
 
 def composed(rate: float) -> None:
@@ -203,10 +222,10 @@ def composed(rate: float) -> None:
     for m, n in ((16, 4096), (512, 4096), (4096, 4096)):
         count = copies(4 * m * n)
         bases, deltas = ([torch.randn(m, n, dtype=BF16, device=DEVICE) for _ in range(count)] for _ in range(2))
-        gain = torch.rand(n, device=DEVICE)
-        g = gain.to(BF16).view(1, -1)
-        theirs = clock([lambda b=b, d=d: b + ((g - 1) * b + g * d * 0.5) for b, d in zip(bases, deltas)])
-        ours = clock([lambda b=b, d=d: dora.launch_compose(b, d, gain, None, 0.5) for b, d in zip(bases, deltas)])
+        gains = [torch.rand(n, device=DEVICE)] * count
+        rounded = [gains[0].to(BF16).view(1, -1)] * count
+        theirs = clock(each(lambda b, d, g: b + ((g - 1) * b + g * d * 0.5), bases, deltas, rounded))
+        ours = clock(each(lambda b, d, g: dora.launch_compose(b, d, g, None, 0.5), bases, deltas, gains))
         record("dora compose, peft's expression", m, n, 0, theirs, 6 * m * n, None, rate)
         record("dora compose, one kernel", m, n, 0, ours, 6 * m * n, theirs, rate)
 

@@ -66,7 +66,15 @@ def error(runs: list[Tensor], ref: Tensor) -> float:
 
 def linear_cases(device: str) -> Iterator[Case]:
     """Decode and prefill: every base, every width of adapter, odd sizes, biases and gains."""
-    shapes = [(1, 4096, 4096), (5, 130, 1000), (16, 1024, 11008), (33, 777, 640), (64, 512, 96), (70, 300, 264), (200, 640, 1088)]
+    shapes = [
+        (1, 4096, 4096),
+        (5, 130, 1000),
+        (16, 1024, 11008),
+        (33, 777, 640),
+        (64, 512, 96),
+        (70, 300, 264),
+        (200, 640, 1088),
+    ]
     kinds: list[list[int] | int | None] = [None, [1] * 16, [3, 2, 2, 1], [1] * 64, [4] * 64, 1, 16, 64]
     for i, (rows, m, n) in enumerate(shapes):
         for j, kind in enumerate(kinds):
@@ -78,11 +86,25 @@ def linear_cases(device: str) -> Iterator[Case]:
 
 
 def linear_case(
-    device: str, rows: int, m: int, n: int, kind: list[int] | int | None, code: str, dtype: torch.dtype, bias: bool, gain: bool
+    device: str,
+    rows: int,
+    m: int,
+    n: int,
+    kind: list[int] | int | None,
+    code: str,
+    dtype: torch.dtype,
+    bias: bool,
+    gain: bool,
 ) -> Result:
     """Run one linear layer four times."""
     x, w = torch.randn(rows, n, device=device).to(dtype), base(m, n, code, dtype, device)
-    a = None if kind is None else planes(m, n, kind, device) if isinstance(kind, list) else plain(m, n, kind, dtype, device)
+    a = (
+        None
+        if kind is None
+        else planes(m, n, kind, device)
+        if isinstance(kind, list)
+        else plain(m, n, kind, dtype, device)
+    )
     b = torch.randn(m, device=device).to(dtype) if bias else None
     g = torch.rand(m, device=device) if gain else None
     op = decode.decode if rows <= decode.MAX_ROWS else prefill.prefill

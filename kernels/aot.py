@@ -1,4 +1,6 @@
-"""Compile every Triton kernel ahead of time, without a GPU, and table what it needs: `python -m adaptc.kernels.aot FILE`.
+"""Compile every Triton kernel ahead of time, without a GPU, and table what it needs.
+
+`python -m adaptc.kernels.aot FILE` writes the table.
 
 Each kernel is recorded from a real launch on meta tensors, so what is compiled is what would run. Triton compiles for
 targets that are not present; it reports shared memory, and for NVIDIA the assembler's log gives registers and spills.
@@ -103,7 +105,14 @@ def _assembled(ptx: str, target: str) -> dict[str, int]:
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "kernel.ptx"
         path.write_text(ptx)
-        command = [knobs.nvidia.ptxas.path, "-v", f"--gpu-name={arch}", str(path), "-o", str(path.with_suffix(".cubin"))]
+        command = [
+            knobs.nvidia.ptxas.path,
+            "-v",
+            f"--gpu-name={arch}",
+            str(path),
+            "-o",
+            str(path.with_suffix(".cubin")),
+        ]
         log = subprocess.run(command, check=True, capture_output=True, text=True).stderr
     registers, spills = re.search(r"Used (\d+) registers", log), re.search(r"(\d+) bytes spill stores", log)
     return {"registers": int(registers[1]) if registers else -1, "spills": int(spills[1]) if spills else -1}
@@ -114,7 +123,11 @@ def table(targets: tuple[str, ...] = tuple(TARGETS)) -> Iterator[tuple[str, str,
     for name, launch, modules in specimens.launches():
         for i, (kernel, args, kwargs) in enumerate(record(launch, modules)):
             for target in targets:
-                yield f"{name}/{kernel.__name__}" + (f".{i}" if i else ""), target, compile_launch(kernel, args, kwargs, target)
+                yield (
+                    f"{name}/{kernel.__name__}" + (f".{i}" if i else ""),
+                    target,
+                    compile_launch(kernel, args, kwargs, target),
+                )
 
 
 def main() -> None:
@@ -125,7 +138,7 @@ def main() -> None:
         print(name, target, figures, flush=True)
     import triton
 
-    lines = [f'"{name}": {json.dumps(row)}' for name, row in rows.items()]
+    lines = [f'"limits": {json.dumps(LIMITS)}', *(f'"{name}": {json.dumps(row)}' for name, row in rows.items())]
     Path(sys.argv[1]).write_text(f'{{"triton": "{triton.__version__}",\n' + ",\n".join(lines) + "}\n")
 
 

@@ -40,7 +40,17 @@ def linear(
     parts = (None, None, None) if adapter is None else (adapter.q, adapter.p, adapter.core)
     if torch.compiler.is_compiling() or (torch.is_grad_enabled() and x.requires_grad):
         y: Tensor = torch.ops.adaptc.linear(
-            rows, weight.data, weight.scales, weight.code, m, n, *parts, 0 if adapter is None else adapter.rank, scale, bias, gain
+            rows,
+            weight.data,
+            weight.scales,
+            weight.code,
+            m,
+            n,
+            *parts,
+            0 if adapter is None else adapter.rank,
+            scale,
+            bias,
+            gain,
         )
     else:  # the dispatcher costs ten times what a native call does
         y = run(rows, weight, adapter, scale, bias, gain)

@@ -1,7 +1,7 @@
 """PTX that turns packed 4-bit codes into half-precision values with byte permutes: about three instructions a value.
 
-A `prmt` looks four nibbles up in an eight-byte table, so a 16-entry table of 16-bit values is four lookups (low and high
-bytes of entries 0-7 and 8-15), a byte blend by the nibbles' top bits, and one more `prmt` to pair the bytes up.
+A `prmt` looks four nibbles up in an eight-byte table, so a 16-entry table of 16-bit values is four lookups (low and
+high bytes of entries 0-7 and 8-15), a byte blend by the nibbles' top bits, and one more `prmt` to pair the bytes up.
 A gather from memory needs one load a value, and an SM starts only 32 of those in a cycle.
 """
 
@@ -13,7 +13,7 @@ from adaptc.kernels.weight import INT4, NF4
 
 
 def byte_tables(entries: list[int]) -> list[int]:
-    """Split 16 half-precision bit patterns into eight 32-bit words: {low, high} byte x entries {0-3, 4-7, 8-11, 12-15}."""
+    """Split 16 half-precision bit patterns into eight words: {low, high} bytes of entries {0-3, 4-7, 8-11, 12-15}."""
     return [
         sum(((e >> shift) & 0xFF) << (8 * i) for i, e in enumerate(entries[4 * quarter : 4 * quarter + 4]))
         for shift in (0, 8)

@@ -59,7 +59,9 @@ class Pool:
         if len(flat) > self.pages.shape[1]:
             raise UnsupportedError(f"adapter takes {len(flat)} pages, a slot lists {self.pages.shape[1]}")
         if len(flat) > len(self._free) or not self._slots:
-            raise UsageError(f"adapter takes {len(flat)} pages and a slot, {len(self._free)} and {len(self._slots)} are free")
+            raise UsageError(
+                f"adapter takes {len(flat)} pages and a slot, {len(self._free)} and {len(self._slots)} are free"
+            )
         slot = self._slots.pop()
         held = [self._free.pop() for _ in flat]
         device = self.storage.device

@@ -1,8 +1,8 @@
 """An adapter as the kernels read it: sign planes around a small core, or plain half-precision factors.
 
 A mid-rise code of b bits is an odd integer c = sum_j 2^j s_j with s_j in {-1, +1}, so every width, and every mixture of
-widths, is a bag of sign planes. The powers of two, the scales of the directions and the adapter's own core fold into one
-float32 matrix: dW = P M Q = Sp C^T Sq with Sp (m, tp), Sq (tq, n) in {-1, +1}, and a kernel needs to know one width only.
+widths, is a bag of sign planes. The powers of two, the scales of the directions and the adapter's own core fold into
+one float32 matrix: dW = P M Q = Sp C^T Sq with Sp (m, tp), Sq (tq, n) in {-1, +1}; a kernel knows one width only.
 """
 
 from __future__ import annotations

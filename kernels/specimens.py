@@ -70,9 +70,11 @@ def _linear() -> Iterator[Launch]:
         x, w, a, bias = empty(rows, N, dtype=dtype), weight(code, dtype), adapter(planes, kind), empty(M, dtype=dtype)
         launch, module = (decode.launch, decode_triton) if few else (prefill.launch, prefill_triton)
         yield name, partial(launch, x, w, a, 1.0, bias, empty(M)), (module,)
-    yield "decode/nf4-bfloat16-none-m1", partial(
-        decode.launch, empty(1, N, dtype=brain), weight("nf4", brain), None, 1.0
-    ), (decode_triton,)
+    yield (
+        "decode/nf4-bfloat16-none-m1",
+        partial(decode.launch, empty(1, N, dtype=brain), weight("nf4", brain), None, 1.0),
+        (decode_triton,),
+    )
 
 
 def _many() -> Iterator[Launch]:
@@ -88,7 +90,9 @@ def _many() -> Iterator[Launch]:
     ):
         pool = Pool(64, 4, device="meta")
         pool.kinds, pool.widest = kinds, 4
-        runs = batch.Batch(empty(32, 3, dtype=torch.int32), empty(9, dtype=torch.int32), empty(rows, dtype=torch.int32), rows, ())
+        runs = batch.Batch(
+            empty(32, 3, dtype=torch.int32), empty(9, dtype=torch.int32), empty(rows, dtype=torch.int32), rows, ()
+        )
         mixture = "mixed" if kinds[PLAIN] else "planes"
         x, w = empty(rows, N, dtype=dtype), weight(code, dtype)
         name = f"batch/{code}-{name_of(dtype)}-{mixture}-m{rows}"
@@ -116,9 +120,9 @@ def _others() -> Iterator[Launch]:
     yield "sparse/overwrite", partial(sparse.exchange, w, where, delta.to(brain), 1.0, add=False), (sparse_triton,)
     for code in ("nf4", "plain"):
         base = weight(code, brain)
-        yield f"dora/norms-{code}", partial(
-            dora.launch, base, adapter(16, torch.int16), 1.0, empty(M)
-        ), (dora_triton,)
-    yield "dora/compose", partial(
-        dora.launch_compose, empty(512, M, dtype=brain), empty(512, M, dtype=brain), empty(M), None, 1.0
-    ), (dora_triton,)
+        yield f"dora/norms-{code}", partial(dora.launch, base, adapter(16, torch.int16), 1.0, empty(M)), (dora_triton,)
+    yield (
+        "dora/compose",
+        partial(dora.launch_compose, empty(512, M, dtype=brain), empty(512, M, dtype=brain), empty(M), None, 1.0),
+        (dora_triton,),
+    )

@@ -1,8 +1,10 @@
-"""Device functions that every Triton kernel here is made of: tiles of weights, of sign planes, and the flags between them.
+"""Device functions that every Triton kernel here is made of: weight tiles, plane tiles, flags between programs.
 
 Import this module only where Triton is installed.
 """
 
+# mypy: ignore-errors
+# (device code: Triton's values have no Python types)
 from __future__ import annotations
 
 import triton
@@ -25,7 +27,7 @@ def dot(a, b, acc, DT: tl.constexpr):
 
     Launchers pass DT = float32 in Triton's interpreter, whose bf16 products are wrong (see `launch.compute_type`).
     """
-    if DT == tl.float32:
+    if tl.float32 == DT:
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:
         return tl.dot(a, b, acc)
@@ -34,7 +36,7 @@ def dot(a, b, acc, DT: tl.constexpr):
 @triton.jit
 def dot_wide(a, b, DT: tl.constexpr):
     """a @ b of float32 operands whose range half precision may not hold: tf32 (11 bits) unless DT is float32."""
-    if DT == tl.float32:
+    if tl.float32 == DT:
         return tl.dot(a, b, input_precision="ieee")
     else:
         return tl.dot(a, b, input_precision="tf32")
@@ -48,7 +50,7 @@ def lookup(shorts, CODE: tl.constexpr, DT: tl.constexpr):
     hands the asm the pair in one register, and the results are already where a tensor core wants them.
     """
     # tl.inline_asm_elementwise takes literal dtypes only, not a constexpr parameter
-    if DT == tl.float16:
+    if tl.float16 == DT:
         asm: tl.constexpr = ASM_NF4_FP16 if CODE == NF4 else ASM_INT4_FP16
         return tl.inline_asm_elementwise(
             asm, ASM_CONSTRAINTS, [shorts], dtype=(tl.float16, tl.float16, tl.float16, tl.float16), is_pure=True, pack=2
@@ -56,7 +58,12 @@ def lookup(shorts, CODE: tl.constexpr, DT: tl.constexpr):
     else:
         asm: tl.constexpr = ASM_NF4_BF16 if CODE == NF4 else ASM_INT4_BF16
         return tl.inline_asm_elementwise(
-            asm, ASM_CONSTRAINTS, [shorts], dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16), is_pure=True, pack=2
+            asm,
+            ASM_CONSTRAINTS,
+            [shorts],
+            dtype=(tl.bfloat16, tl.bfloat16, tl.bfloat16, tl.bfloat16),
+            is_pure=True,
+            pack=2,
         )
 
 
@@ -139,10 +146,30 @@ def base_tile(
                     c2, c3 = gather(shorts, table, 2, DT), gather(shorts, table, 3, DT)
                 factor = scale[:, None]
                 at = kb + inside
-                acc = dot(c0 * factor, piece(x_rows, at, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
-                acc = dot(c1 * factor, piece(x_rows, at + step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
-                acc = dot(c2 * factor, piece(x_rows, at + 2 * step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
-                acc = dot(c3 * factor, piece(x_rows, at + 3 * step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT), acc, DT)
+                acc = dot(
+                    c0 * factor,
+                    piece(x_rows, at, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT),
+                    acc,
+                    DT,
+                )
+                acc = dot(
+                    c1 * factor,
+                    piece(x_rows, at + step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT),
+                    acc,
+                    DT,
+                )
+                acc = dot(
+                    c2 * factor,
+                    piece(x_rows, at + 2 * step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT),
+                    acc,
+                    DT,
+                )
+                acc = dot(
+                    c3 * factor,
+                    piece(x_rows, at + 3 * step, rows, M, KP if SORTED else K, EVEN and (SORTED or KP == K), DT),
+                    acc,
+                    DT,
+                )
     return acc
 
 

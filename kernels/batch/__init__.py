@@ -52,7 +52,8 @@ def launch(x: Tensor, weight: Weight, pool: Pool, rows: Batch, bias: Tensor | No
         "PLANES": pool.kinds[PLANES] > 0 or pool.kinds[PLAIN] == 0, "PLAIN": pool.kinds[PLAIN] > 0,
     }  # fmt: skip
     base: dict[str, Any] = {
-        "N": n, "S_ROW": scales.stride(0), "S_COL": scales.stride(1), "CODE": CODES[weight.code], "BIAS": bias is not None
+        "N": n, "S_ROW": scales.stride(0), "S_COL": scales.stride(1), "CODE": CODES[weight.code],
+        "BIAS": bias is not None,
     }  # fmt: skip
     reads = (codes(weight), scales, lookup_table(weight, x.device), x if bias is None else bias)
     store = (pool.storage, pool.storage.view(torch.float32), pool.table, pool.scales, pool.pages)

@@ -32,17 +32,19 @@ class Plan:
     stages: int
 
 
-def plan(m_rows: int, n: int, k: int, code: str, programs: int = 264) -> Plan:
-    """Choose tiles that give about `programs` programs: two for each of an H100's 132 multiprocessors."""
+def plan(m_rows: int, n: int, k: int, code: str) -> Plan:
+    """Choose tiles, by a sweep on an H100: 4 to 16 warps on each of its 132 multiprocessors, splits of 1024 or more."""
     padded = -(-k // BLOCK) * BLOCK
     bm = 16 if m_rows <= 16 else 32 if m_rows <= 32 else 64
-    bn, bk = 64, 128
-    tiles = -(-n // bn)
-    split = max(1, min(programs // tiles, padded // 512, 8))
-    ks = -(-padded // (split * bk)) * bk
-    split = -(-padded // ks)
     kq = max(512, -(-k // (8 * 128)) * 128)
-    return Plan(bm, bn, bk, split, ks, -(-k // kq), kq, 128, 4, 4)
+    if code == "plain" and bm == 16:  # narrow tiles need no split to fill the machine
+        bn, bk, split, warps, stages = 16, 256, 1, 2, 4
+    else:
+        bn, bk, split, warps, stages = 64, 128, min(4, padded // 2048), 4, 4 if code == "plain" else 3
+    tiles = -(-n // bn)
+    split = max(1, split, min(264 // tiles, padded // 512, 8))
+    ks = -(-padded // (split * bk)) * bk
+    return Plan(bm, bn, bk, -(-padded // ks), ks, -(-k // kq), kq, 128, warps, stages)
 
 
 def decode(
@@ -93,7 +95,8 @@ def launch(
         *((x, x, x) if adapter is None else (adapter.q, adapter.p, adapter.core)), scale,
         y, room.floats, room.floats[shrunk:], room.flags, rows, x.stride(0),
         N=n, K=k, KP=k if weight.scales is None else weight.data.shape[1] * 2,
-        S_ROW=scales.stride(0), S_COL=scales.stride(1), CODE=CODES[weight.code], BIAS=bias is not None, GAIN=gain is not None,
+        S_ROW=scales.stride(0), S_COL=scales.stride(1), CODE=CODES[weight.code], BIAS=bias is not None,
+        GAIN=gain is not None,
         TQ=16 if adapter is None else adapter.core.shape[0], TP=tp, PACKED=adapter is not None and adapter.packed,
         SLICES=slices, KQ=t.kq, SPLIT=t.split, KS=t.ks, BM=t.bm, BN=t.bn, BK=t.bk, BQ=t.bq if tp <= 64 else 32,
         DT=compute_type(x), ASM=permutes(x) and weight.code != "plain", num_warps=t.warps, num_stages=t.stages,

@@ -1,5 +1,7 @@
 """One launch for a linear layer with its adapter: shrink programs run beside the base product and feed its epilogue."""
 
+# mypy: ignore-errors
+# (device code: Triton's values have no Python types)
 from __future__ import annotations
 
 import triton
@@ -26,7 +28,8 @@ def decode_kernel(
     flags,    # (1 + tiles,) int32, zero before and after: the gate of the slices, splits arrived for each tile
     M, x_row,
     N: tl.constexpr, K: tl.constexpr, KP: tl.constexpr, S_ROW: tl.constexpr, S_COL: tl.constexpr,
-    CODE: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, TQ: tl.constexpr, TP: tl.constexpr, PACKED: tl.constexpr,
+    CODE: tl.constexpr, BIAS: tl.constexpr, GAIN: tl.constexpr, TQ: tl.constexpr, TP: tl.constexpr,
+    PACKED: tl.constexpr,
     SLICES: tl.constexpr, KQ: tl.constexpr, SPLIT: tl.constexpr, KS: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, BQ: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
@@ -44,7 +47,8 @@ def decode_kernel(
             h = tl.zeros((BM, TQ), dtype=tl.float32)
             for k in range(0, KQ, BQ):
                 ks = pid * KQ + k + tl.arange(0, BQ)
-                xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
+                live = (rows[:, None] < M) & (ks[None, :] < K)
+                xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=live, other=0.0)
                 h = dot(xt.to(DT), factor_tile(q, ks, K, BQ, TQ, PACKED, SLICES * KQ == K, DT), h, DT)
             for first in tl.static_range(0, TP, WIDTH):  # in parts: a core of 256 x 256 would fill shared memory
                 t = first + tl.arange(0, WIDTH)[None, :]

@@ -14,7 +14,7 @@ from adaptc.kernels.decode import CODES, codes, lookup_table
 from adaptc.kernels.device import backend, compute_type, interpreting, permutes
 from adaptc.kernels.dora import naive
 from adaptc.kernels.resident import Resident, unpack, unpack_words
-from adaptc.kernels.weight import Weight
+from adaptc.kernels.weight import Weight, unpack_weight
 
 MAX_PLANES = 128
 
@@ -36,7 +36,7 @@ def row_norms(weight: Weight, adapter: Resident, scale: float, squares: Tensor |
     for start in range(0, m, naive.ROWS):
         scales = None if weight.scales is None else weight.scales[start : start + naive.ROWS]
         data = weight.data[start : start + naive.ROWS]
-        block = naive.unpack_weight(Weight(weight.code, data, scales, (data.shape[0], n)))
+        block = unpack_weight(Weight(weight.code, data, scales, (data.shape[0], n)))
         cross[start : start + naive.ROWS] = block @ q.t()
     inner = p @ core
     # the r x r Gram carries the cancellation between the terms: float64 costs nothing there

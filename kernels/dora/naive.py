@@ -26,7 +26,8 @@ def row_squares(weight: Weight) -> Tensor:
 def row_norms(weight: Weight, adapter: Resident, scale: float) -> Tensor:
     """||w0 + scale * dW|| by rows (m,), float32, from the dense sum: what the factored form must equal."""
     p, core, q = unpack(adapter)
-    return (unpack_weight(weight) + scale * (p @ core @ q)).norm(dim=1)
+    merged: Tensor = unpack_weight(weight) + scale * (p @ core @ q)
+    return merged.square().sum(1).sqrt()
 
 
 def compose(base: Tensor, delta: Tensor, gain: Tensor, bias: Tensor | None, scale: float) -> Tensor:

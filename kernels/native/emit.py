@@ -43,21 +43,28 @@ declare {F} @llvm.x86.avx512.permvar.sf.512({F}, <16 x i32>)
   %s{half} = icmp ugt <8 x i32> %i{half}, splat (i32 7)
   %v{half} = select <8 x i1> %s{half}, <8 x float> %h{half}, <8 x float> %l{half}""")
         join = ", ".join(f"i32 {i}" for i in range(16))
-        body = "".join(parts) + f"""
+        body = (
+            "".join(parts)
+            + f"""
   %v = shufflevector <8 x float> %va, <8 x float> %vb, <16 x i32> <{join}>
   ret {F} %v
 }}
 declare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)
 """
+        )
     elif target == "neon":  # one table lookup for each byte of a float
         raw = [struct.pack("<f", v) for v in values]
         parts = []
         for byte in range(4):
             plane = ", ".join(f"i8 {r[byte] - 256 if r[byte] > 127 else r[byte]}" for r in raw)
-            parts.append(f"\n  %b{byte} = call <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8> <{plane}>, <16 x i8> %c)")
+            parts.append(
+                f"\n  %b{byte} = call <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8> <{plane}>, <16 x i8> %c)"
+            )
         wide = ", ".join(f"i32 {i}" for i in range(32))
         weave = ", ".join(f"i32 {i + 16 * byte}" for i in range(16) for byte in range(4))
-        body = "".join(parts) + f"""
+        body = (
+            "".join(parts)
+            + f"""
   %p = shufflevector <16 x i8> %b0, <16 x i8> %b1, <32 x i32> <{wide}>
   %q = shufflevector <16 x i8> %b2, <16 x i8> %b3, <32 x i32> <{wide}>
   %w = shufflevector <32 x i8> %p, <32 x i8> %q, <64 x i32> <{weave}>
@@ -66,6 +73,7 @@ declare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)
 }}
 declare <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8>, <16 x i8>)
 """
+        )
     else:
         loads = []
         for i in range(16):
@@ -166,7 +174,9 @@ declare {F} @llvm.fma.v16f32({F}, {F}, {F})
 declare float @llvm.vector.reduce.fadd.v16f32(float, {F})
 """
 
-DEQUANT = f"""
+_WEAVE = ", ".join(f"i32 {k // 2 + 16 * (k % 2)}" for k in range(32))  # even, odd, even, odd ...
+DEQUANT = (
+    f"""
 define void @dequant(ptr noalias %codes, ptr noalias %scales, ptr noalias %out, i64 %cells) {{
 entry:
   %some = icmp slt i64 0, %cells
@@ -177,8 +187,9 @@ block:
   %ps = getelementptr float, ptr %scales, i64 %cell
   %s0 = load float, ptr %ps{_splat("s", "%s0")}
   %base = shl i64 %cell, 6
-""" + "".join(
-    f"""
+"""
+    + "".join(
+        f"""
   %f{i} = add i64 %byte, {16 * i}
   %pc{i} = getelementptr i8, ptr %codes, i64 %f{i}
   %c{i} = load <16 x i8>, ptr %pc{i}, align 1
@@ -188,12 +199,13 @@ block:
   %l{i} = call {F} @lookup(<16 x i8> %y{i})
   %hs{i} = fmul {F} %h{i}, %s
   %ls{i} = fmul {F} %l{i}, %s
-  %w{i} = shufflevector {F} %hs{i}, {F} %ls{i}, <32 x i32> <{", ".join(f"i32 {k // 2 + 16 * (k % 2)}" for k in range(32))}>
+  %w{i} = shufflevector {F} %hs{i}, {F} %ls{i}, <32 x i32> <{_WEAVE}>
   %o{i} = add i64 %base, {32 * i}
   %po{i} = getelementptr float, ptr %out, i64 %o{i}
   store <32 x float> %w{i}, ptr %po{i}, align 4"""
-    for i in range(2)
-) + """
+        for i in range(2)
+    )
+    + """
   %next = add i64 %cell, 1
   %more = icmp slt i64 %next, %cells
   br i1 %more, label %block, label %exit
@@ -201,3 +213,4 @@ exit:
   ret void
 }
 """
+)

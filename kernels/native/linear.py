@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -15,6 +16,7 @@ from adaptc.kernels.weight import BLOCK, Weight
 
 MAX_ROWS = 16  # beyond, a dequantised block and a BLAS product are faster
 THREADED = 1 << 21  # entries of a weight that are worth waking a second thread for
+
 
 def linear(
     x: Tensor,
@@ -35,6 +37,7 @@ def linear(
         y = y + bias.float()
     return y.to(x.dtype)
 
+
 def base(x: Tensor, weight: Weight) -> Tensor:
     """x w0^T in float32 for x (M, n) float32 contiguous; rows of the result are a multiple of 16 floats apart."""
     m = weight.shape[0]
@@ -46,6 +49,7 @@ def base(x: Tensor, weight: Weight) -> Tensor:
     else:
         _blocks(x, weight, y)
     return y[:, :m]
+
 
 def add_adapter(x: Tensor, adapter: Resident, scale: float, y: Tensor) -> Tensor:
     """y + scale * dW x; in place where y's rows are a multiple of 16 floats apart, as `base` makes them."""
@@ -62,11 +66,13 @@ def add_adapter(x: Tensor, adapter: Resident, scale: float, y: Tensor) -> Tensor
     code.expand(g.data_ptr(), masks(adapter).data_ptr(), room.data_ptr(), rows, room.stride(0), tp, 0, -(-m // 16))
     return y if room is y else y + room[:, :m]
 
+
 _MASKS = WeakTensorKeyDictionary()
+
 
 def masks(adapter: Resident) -> Tensor:
     """Return p as (ceil(m / 16), tp) int16, bit i for output 16 j + i; built on first use, kept with the adapter."""
-    found = _MASKS.get(adapter.p)
+    found: Tensor | None = _MASKS.get(adapter.p)  # type: ignore[no-untyped-call]
     if found is None:
         signs = unpack_words(adapter.p)  # (tp, m)
         padded = torch.zeros(signs.shape[0], -(-signs.shape[1] // 16) * 16)
@@ -76,9 +82,11 @@ def masks(adapter: Resident) -> Tensor:
         found = _MASKS[adapter.p] = packed.t().contiguous()
     return found
 
+
 @cache
 def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(max(1, torch.get_num_threads() - 1), thread_name_prefix="adaptc-gemv")
+
 
 def _gemv(x: Tensor, weight: Weight, y: Tensor) -> None:
     """Multiply up to MAX_ROWS rows, at most four to one decoding of the weight, outputs shared out to threads."""
@@ -101,10 +109,11 @@ def _gemv(x: Tensor, weight: Weight, y: Tensor) -> None:
                 y[first].data_ptr(), half // 32, half, y.stride(0), lo, hi,
             )  # fmt: skip
 
-    others = [_pool().submit(work, lo, hi) for lo, hi in zip(cuts[1:-1], cuts[2:], strict=True)]
+    others = [_pool().submit(work, lo, hi) for lo, hi in pairwise(cuts[1:])]
     work(cuts[0], cuts[1])
     for other in others:
         other.result()
+
 
 def _blocks(x: Tensor, weight: Weight, y: Tensor, rows: int = 512) -> None:
     """Multiply many rows: dequantise 512 rows of the weight at a time, then one BLAS product each."""
@@ -119,5 +128,6 @@ def _blocks(x: Tensor, weight: Weight, y: Tensor, rows: int = 512) -> None:
         cells = count * (2 * half // BLOCK)
         code.dequant[weight.code](weight.data[start].data_ptr(), scales[start].data_ptr(), room.data_ptr(), cells)
         y[:, start : start + count] = x @ room[:count, :n].t()
+
 
 __all__ = ["MAX_ROWS", "Native", "add_adapter", "base", "linear", "masks"]

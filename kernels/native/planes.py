@@ -35,9 +35,7 @@ def _loop(word: str, value: str, count: str) -> str:
         + _masked(i, f"%pw{i}", f"%pv{i}")
         for i in range(LANES)
     )
-    mid = "".join(
-        f"\n  %m{i} = phi {F} [ zeroinitializer, %entry ], [ %n{i}, %quad ]" for i in range(LANES)
-    )
+    mid = "".join(f"\n  %m{i} = phi {F} [ zeroinitializer, %entry ], [ %n{i}, %quad ]" for i in range(LANES))
     return f"""
 entry:
   %whole = and i64 {count}, -4
@@ -70,7 +68,8 @@ done:
 
 
 SELECTED = f"""
-define internal {F} @selected(ptr noalias %words, ptr noalias %values, i64 %count) alwaysinline {{{_loop("%words", "%values", "%count")}"""
+define internal {F} @selected(ptr noalias %words, ptr noalias %values, i64 %count) alwaysinline {{
+{_loop("%words", "%values", "%count")}"""
 
 SIGNED = f"""
 define internal {F} @signed(ptr noalias %words, ptr noalias %values, i64 %count, float %all) alwaysinline {{
@@ -136,7 +135,8 @@ exit:
   ret void
 }}
 
-define void @shrink(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %g, float %scale, i64 %rows, i64 %ldx,
+define void @shrink(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %g, float %scale, i64 %rows,
+                    i64 %ldx,
                     i64 %n, i64 %tq, i64 %tp) {{
 entry:
   %h = alloca [256 x float], align 64

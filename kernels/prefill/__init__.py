@@ -81,7 +81,8 @@ def launch(
         shrink_kernel[(-(-rows // (64 if tp <= 64 else 16)), slices)](
             x, *factors, scale, shrunk, sorted_x, rows, x.stride(0),
             K=k, KP=padded, TQ=16 if adapter is None else adapter.core.shape[0], TP=tp, PACKED=packed, SLICES=slices,
-            KQ=t.kq, SORT=sort, BM=64 if tp <= 64 else 16, BQ=64 if tp <= 64 else 32, DT=compute_type(x), ASM=asm, num_warps=4, num_stages=3,
+            KQ=t.kq, SORT=sort, BM=64 if tp <= 64 else 16, BQ=64 if tp <= 64 else 32,
+            DT=compute_type(x), ASM=asm, num_warps=4, num_stages=3,
         )  # fmt: skip
     scales = x if weight.scales is None else weight.scales
     prefill_kernel[(-(-rows // t.bm) * -(-n // t.bn),)](

@@ -1,5 +1,7 @@
 """Many rows: shrink once, then expand in the epilogue of the base product."""
 
+# mypy: ignore-errors
+# (device code: Triton's values have no Python types)
 from __future__ import annotations
 
 import triton
@@ -43,7 +45,8 @@ def shrink_kernel(
         h = tl.zeros((BM, TQ), dtype=tl.float32)
         for k in range(0, KQ, BQ):
             ks = k_lo + k + tl.arange(0, BQ)
-            xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=(rows[:, None] < M) & (ks[None, :] < K), other=0.0)
+            live = (rows[:, None] < M) & (ks[None, :] < K)
+            xt = tl.load(x + rows[:, None] * x_row + ks[None, :], mask=live, other=0.0)
             h = dot(xt.to(DT), factor_tile(q, ks, K, BQ, TQ, PACKED, SLICES * KQ == K, DT), h, DT)
         WIDTH: tl.constexpr = min(TP, 64 if TQ < 128 else 32)
         for first in tl.static_range(0, TP, WIDTH):  # in parts: a core of 256 x 256 would fill shared memory
@@ -69,7 +72,7 @@ def prefill_kernel(
     BIAS: tl.constexpr, GAIN: tl.constexpr, TP: tl.constexpr, PACKED: tl.constexpr, SLICES: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, DT: tl.constexpr, ASM: tl.constexpr,
 ):  # fmt: skip
-    """y = gain * (x dequant(w)^T + shrunk p^T) + bias, one program a tile of BM x BN; rows run fastest and share tiles of w."""
+    """y = gain * (x dequant(w)^T + shrunk p^T) + bias, one program a tile; rows run fastest, to share w."""
     tiles_m = tl.cdiv(M, BM)
     rows = (tl.program_id(0) % tiles_m) * BM + tl.arange(0, BM)
     cols = (tl.program_id(0) // tiles_m) * BN + tl.arange(0, BN)

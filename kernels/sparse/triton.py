@@ -1,5 +1,7 @@
 """Sparse deltas on a GPU: exchange entries of a weight in place, or multiply by the entries beside the base."""
 
+# mypy: ignore-errors
+# (device code: Triton's values have no Python types)
 from __future__ import annotations
 
 import triton

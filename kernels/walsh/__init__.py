@@ -50,10 +50,11 @@ def launch(x: Tensor, had: Tensor, length: int, rows: Rows | None, y: Tensor, sc
     half = torch.empty_like(spectrum) if order > 1 else spectrum
     room = scratch(x.device, 3, 0)
     walsh_kernel[(programs,)](
-        x, had if had.dtype == torch.float32 else had.float(), *((x, x, x) if rows is None else (rows.starts, rows.columns, rows.values)),
-        y, half, spectrum, room.flags, scale, m, x.stride(0), (order * length) ** -0.5,
+        x, had.float(), *((x, x, x) if rows is None else (rows.starts, rows.columns, rows.values)), y, half,
+        spectrum, room.flags, scale, m, x.stride(0), (order * length) ** -0.5,
         K=k, N=n, GROUPS=groups, ORDER=order, PADDED=1 << (order - 1).bit_length(), LENGTH=length,
-        LOG=length.bit_length() - 1, SLAB=slab, SLABS=length // slab, BM=bm, BN=16, BE=32, num_warps=8 if length > 4096 else 4,
+        LOG=length.bit_length() - 1, SLAB=slab, SLABS=length // slab, BM=bm, BN=16, BE=32,
+        num_warps=8 if length > 4096 else 4,
     )  # fmt: skip
     return spectrum
 

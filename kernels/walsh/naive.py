@@ -18,7 +18,9 @@ def transform(x: Tensor, had: Tensor, length: int) -> Tensor:
         v = torch.stack((pair[..., 0, :] + pair[..., 1, :], pair[..., 0, :] - pair[..., 1, :]), dim=-2)
         v = v.reshape(-1, order, length)
         step *= 2
-    return (torch.einsum("ok,bkl->bol", had.float(), v) / (order * length) ** 0.5).reshape(x.shape)
+    mixed: Tensor = torch.einsum("ok,bkl->bol", had.float(), v)
+    norm = float(order * length) ** -0.5
+    return mixed.mul(norm).reshape(x.shape)
 
 
 def spectral(

@@ -1,5 +1,7 @@
 """Walsh-Hadamard transform and sparse spectral product in one launch, for every supported width."""
 
+# mypy: ignore-errors
+# (device code: Triton's values have no Python types)
 from __future__ import annotations
 
 import triton

@@ -1,82 +1,109 @@
-"""Decode an adaptc container with numpy alone, from docs/format.md and docs/rd-coding.md: decode_container.py FILE."""
+"""Decode an adaptc container with numpy alone, written from docs/format.md (and, beside this file, its codecs).
+
+    python examples/decode_container.py FILE.adaptc.safetensors
+"""
+
 import hashlib
 import json
 import re
 import sys
 from itertools import product
-from statistics import NormalDist
+from math import prod
 
 import numpy as np
+from decode_factors import TYPES, factor, widened
+from decode_rd import rd
 
-TYPES = {"F64": "<f8", "F32": "<f4", "F16": "<f2", "BF16": "<u2", "I64": "<i8", "I32": "<i4", "U8": "u1", "BOOL": "u1"}
-LEVELS = np.float32("""-1 -.6961928009986877 -.5250730514526367 -.39491748809814453 -.28444138169288635 -.18477343022823334
-  -.09105003625154495 0 .07958029955625534 .16093020141124725 .24611230194568634 .33791524171829224 .44070982933044434
-  .5626170039176941 .7229568362236023 1""".split())
-STEPS = [(.1 + .9 * (k + .5) / 2**i) * 10.0 ** (i - 6) for i in range(7) for k in range(2**i)]
-RATE = 205, 261, 325, 387, 453, 518, 585, 651, 715, 781, 845, 910, 973, 1038
-NEXT = (0, 2), (5, 7), (1, 3), (6, 4), (2, 0), (4, 6), (3, 1), (7, 5)
-TABLES = """4:986 16/194 412/780 119,4:888 65/100 459/698 160,5:742 137/56 469 12/612 198 5,5:622 193 5/30 449 45/530 227 17
-,6:512 230 22/18 411 86 3/456 244 36,7:432 242 47 3/10 359 130 14/388 246 62 6,8:360 238 77 12/8 312 155 34 3/332 238 87
-16,9:302 225 98 29 4/8 264 169 58 12/280 221 108 32 6,11:248 205 118 45 12 2/4 230 160 80 28 6/238 199 119 51 15 3,12:216
-183 122 61 24 7/6 189 154 93 45 17 5/200 177 123 67 28 9 2,15:178 157 115 75 41 19 6 2/4 161 143 101 56 26 11 4/168 154
-119 77 42 19 7 2,17:146 137 112 80 49 29 15 6 2/6 137 124 97 67 41 21 9 4/144 133 111 81 53 30 15 6 2,20:128 116 98 79 60
-39 23 14 5 3/4 113 111 92 69 48 32 18 10 5 2/120 114 100 80 59 40 24 14 7 3,23:106 99 89 74 59 44 32 23 14 8 3 2/4 95 95
-84 69 56 39 26 15 11 5 3/100 97 88 76 61 46 33 22 13 8 4 2"""
-def table(kmax, text):  # (symbol, bits, base) of each of the 1024 coder states
-    f, slots = [*map(int, text.split())] + [1] * kmax, [0] * 1024
-    x = {s: f[abs(s)] - 1 for s in range(-kmax, kmax + 1)}
-    for i, s in enumerate(s for s in x for _ in range(f[abs(s)])):
-        slots[643 * i % 1024] = s
-    for s in slots:
-        x[s] += 1
-        bits = 11 - x[s].bit_length()
-        yield s, bits, (x[s] << bits) - 1024
-ROWS = [[[*table(int(row.split(":")[0]), f)] for f in row.split(":")[1].split("/")] for row in TABLES.split(",")]
-def reader(data):  # functions that read n bits, and a signed or unsigned Rice code
-    text, at = "".join(f"{b:08b}" for b in data.tolist()), 0
-    def take(n):
-        nonlocal at
-        at += n
-        return int(text[at - n : at] or "0", 2)
-    def rice(k, signed=True):
-        zeros = text.index("1", at) - at
-        take(zeros + 1)
-        z = zeros << k | take(k)
-        return z if not signed else z >> 1 if z % 2 == 0 else -(z + 1 >> 1)
-    return take, rice
-def samples(data, runs):  # integer entries of a stream; runs: (class, count)
-    take, left = reader(data)[0], sum(count for _, count in runs)
-    x = take(10)
-    for c, count in runs:
-        t, raw, row = 0, max((c - 10) // 4, 0), ROWS[c if c < 14 else 10 + (c - 14) % 4]
-        for _ in range(count):
-            k, bits, base = row[2 if raw else t % 2][x]
-            left -= 1
-            x = base + take(bits) if left else x
-            k = (k << raw) + take(raw) - (1 << raw >> 1)
-            yield 2 * k - ((k > 0) - (k < 0)) * (t % 2)
-            t = NEXT[t][k % 2]
-def rd(shapes, config, index, payload):
-    take, rice = reader(index)
-    precision, *ks = (take(4) for _ in range(6))
-    found, columns, v, difference, e, at = [], [{} for _ in shapes], 0, 0, 0, 0
-    for j, (m, n) in enumerate(shapes):
-        for i in range(rice(ks[0], signed=False)):
-            v, difference, e = v - rice(ks[1]), difference + rice(ks[2]), e + rice(ks[3])
-            u, mantissa, streams, start = v + difference, (1 << precision) + take(precision), [], start if i else (v, e)
-            pieces = [[(c, (i + 1) * s // p - i * s // p)] for c, s, p in ((v, n, -(-n // 4096)), (u, m, -(-m // 4096)))
-                      for i in range(p)]
-            for runs in pieces if m + n > 4096 else [[(v, n), (u, m)]]:
-                cost = sum(s * (RATE[c if c < 14 else 10 + (c - 14) % 4] + 256 * max((c - 10) // 4, 0)) for c, s in runs)
-                streams.append((runs, cost // 2048 + 1 + rice(ks[4])))
-            found.append((-u - v, len(found), j, mantissa, e, streams))
-            last = j
-        v, e = start if found and found[-1][2] == j else (v, e)
-    for _, d, j, mantissa, e, streams in sorted(found):
-        if at + sum(length for _, length in streams) > len(payload):
+
+def read(path):
+    """Return the manifest and the tensors by name, checksums checked; the last one may be cut short."""
+    data = np.fromfile(path, "u1")
+    start = 8 + int(data[:8].view("<u8")[0])
+    header = json.loads(data[8:start].tobytes())
+    manifest, tensors = json.loads(header.pop("__metadata__")["adaptc"]), {}
+    if manifest["format"] != 1:
+        raise ValueError(f"format {manifest['format']}")
+    for name, entry in header.items():
+        begin, end = entry["data_offsets"]
+        raw = data[start + begin : start + end]
+        whole = len(raw) == end - begin
+        if whole and hashlib.sha256(raw).hexdigest()[:16] != manifest["sums"][name]:
+            raise ValueError(f"{name} does not match its checksum")
+        t = widened(np.frombuffer(raw.tobytes(), TYPES[entry["dtype"]]), entry["dtype"])
+        tensors[name] = t.reshape(entry["shape"]) if whole else t
+    return manifest, tensors
+
+
+def names(template):
+    """Return what a template stands for."""
+    parts = []
+    for escaped, body, plain in re.findall(r"\\(.)|\{([^{}]*)\}|([^\\{}]+)", template, re.DOTALL):
+        ends = re.fullmatch(r"(\d+)-(\d+)", body)
+        if escaped or plain:
+            parts.append([escaped + plain])
+        else:
+            parts.append(map(str, range(int(ends[1]), int(ends[2]) + 1)) if ends else body.split(","))
+    return ["".join(choice) for choice in product(*parts)]
+
+
+def directions(shapes, config, index, payload):
+    """Return (B, A, scale) of every module; `shapes` are (m, n), the streams uint8 arrays."""
+    dtype, columns, at, out = config["dtype"], [{} for _ in shapes], 0, []
+    for i, j in index.view("<u2").reshape(-1, 2).tolist():
+        end = at + sum(shapes[i]) * np.dtype(TYPES[dtype]).itemsize
+        if end > len(payload):
             break
-        entries, (m, n), h = [], shapes[j], (e + precision) // 2
-        for runs, length in streams:
-            entries, at = [*entries, *samples(payload[at : at + length], runs)], at + length
-        columns[j][d] = np.float32(entries) * np.float32([2.0**h] * n + [mantissa * 2.0 ** (e - h)] * m)
-    return [(np.array([c[d] for d in sorted(c)], "f4").reshape(-1, m + n)[:, n:].T, ...) for (m, n), c in zip(shapes, columns)]
+        columns[i][j], at = widened(payload[at:end].view(TYPES[dtype]), dtype), end
+    for i, ((m, n), held) in enumerate(zip(shapes, columns, strict=True)):
+        both = np.array([held[j] for j in sorted(held)], widened(np.zeros(0, TYPES[dtype]), dtype).dtype)
+        scale = config["scale"][i] if isinstance(config["scale"], list) else config["scale"]
+        out.append((both.reshape(-1, m + n)[:, :m].T, both.reshape(-1, m + n)[:, m:], scale))
+    return out
+
+
+def form(f, held, scales, coded):
+    """Return a form with arrays and multipliers in the places of their numbers; `coded` is what a code says."""
+    if f["kind"] == "coded":
+        return coded
+    made = {**f, "scale": scales[f["scale"]]} if "scale" in f else dict(f)
+    made |= {x: factor(f[x], held) for x in ("a", "b", "core", "weight", "indices", "values") if x in f}
+    made |= {x: form(f[x], held, scales, coded) for x in ("left", "right", "inner") if x in f}
+    if "terms" in f:
+        made["terms"] = [form(t, held, scales, coded) for t in f["terms"]]
+    if "tensors" in f:
+        made["tensors"] = {x: held[j] for x, j in f["tensors"].items()}
+    return made
+
+
+def decode(path):
+    """Return parameter name -> form; a joint code gives forms of kind lowrank with arrays b, a and scale."""
+    (manifest, tensors), deltas = read(path), {}
+    for i, code in enumerate(manifest.get("codes", [])):
+        modules = [(name, shape) for template, shape in code["modules"] for name in names(template)]
+        flat = [(shape[0], prod(shape[1:])) for _, shape in modules]
+        codec = {"directions": directions, "rd": rd}[code["codec"]]
+        made = codec(flat, code.get("config"), tensors[f"index.{i}"], tensors[f"payload.{i}"])
+        for (name, shape), (b, a, scale) in zip(modules, made, strict=True):
+            deltas[name] = {"kind": "lowrank", "b": b, "a": a, "scale": scale, "shape": shape}
+    for i, group in enumerate(manifest.get("groups", [])):
+        stacked = [tensors[f"g{i}.{j}"] for j in range(sum(name.startswith(f"g{i}.") for name in tensors))]
+        for k, name in enumerate(n for template in group["modules"] for n in names(template)):
+            scales = [s[k] if isinstance(s, list) else s for s in group["scales"]]
+            deltas[name] = form(group["form"], [t[k] for t in stacked], scales, deltas.pop(name, None))
+    return deltas
+
+
+def fields(f, path=""):
+    """Yield (path, array or multiplier) of a form and the forms inside it."""
+    for key, value in f.items():
+        if isinstance(value, (np.ndarray, float)):
+            yield path + key, value
+        elif key in ("left", "right", "inner", "tensors") or key == "terms":
+            for i, part in enumerate(value if key == "terms" else [value]):
+                yield from fields(part, f"{path}{i if key == 'terms' else key}.")
+
+
+if __name__ == "__main__":
+    for name, delta in decode(sys.argv[1]).items():
+        for field, value in fields(delta):
+            print(name, field, *((value.dtype, value.shape) if isinstance(value, np.ndarray) else (value,)))

@@ -2,19 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 
 import pytest
 import torch
+from reference_data import shared_root
 
 torch.set_num_threads(1)
-
-
-def shared_root() -> Path | None:
-    """Return the folder with corpus, oracles and arena, None where it is absent."""
-    root = Path(os.environ.get("ADAPTC_SHARED", Path(__file__).resolve().parents[2] / "shared"))
-    return root if (root / "corpus").is_dir() else None
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import shared_root
+from reference_data import shared_root
 from peft_oracle import Held, distance, error, merged
 from torch import Tensor, nn
 from torch.nn import functional as F

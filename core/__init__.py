@@ -24,6 +24,9 @@ _PUBLIC = {
     "run": "adaptc.recipe",
     "inspect": "adaptc.squeeze.inspection",
     "diff": "adaptc.difference",
+    "attach": "adaptc.kernels.runtime",
+    "detach": "adaptc.kernels.runtime",
+    "set_active": "adaptc.kernels.runtime",
     "Adapter": "adaptc.adapter",
     "AdaptcError": "adaptc.errors",
 }
@@ -35,6 +38,9 @@ if TYPE_CHECKING:
     from adaptc.errors import AdaptcError as AdaptcError
     from adaptc.formats import load as load
     from adaptc.formats import save as save
+    from adaptc.kernels.runtime import attach as attach
+    from adaptc.kernels.runtime import detach as detach
+    from adaptc.kernels.runtime import set_active as set_active
     from adaptc.recipe import run as run
     from adaptc.squeeze import compress as compress
     from adaptc.squeeze.inspection import inspect as inspect

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import struct
 from dataclasses import replace
+from typing import Protocol
 
 import torch
+from torch import Tensor
 
 from adaptc.adapter import Adapter
 from adaptc.base import Base
@@ -15,7 +17,14 @@ from adaptc.errors import FormatError
 SAMPLES = 64
 
 
-def fingerprint(base: Base, adapter: Adapter) -> str:
+class Weights(Protocol):
+    """Base weights by parameter name: `Base`, or a model in memory."""
+
+    def weight(self, key: str, shape: tuple[int, ...]) -> Tensor:
+        """Return parameter `key` in logical orientation (out, in, ...)."""
+
+
+def fingerprint(base: Weights, adapter: Adapter) -> str:
     """Return 16 hex digits of SHA-256 over 64 values of every adapted parameter of the base.
 
     For each parameter in sorted order: its name, a zero byte, its shape as int64, and the values at the flat positions

@@ -15,7 +15,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import kernels_path  # noqa: F401  (finds adaptc in the checkout where it is not installed)
+import kernels_path
 import torch
 import triton
 import triton.language as tl
@@ -238,6 +238,7 @@ def main() -> None:
     parser.add_argument("--compile", action="store_true", help="fill Triton's cache, time nothing")
     parser.add_argument("--only", default="", help="for --compile: SHAPE,M or 'rest'")
     options = parser.parse_args()
+    kernels_path.hide_scripts()
     if options.only and options.only != "rest":
         shape, m = (int(part) for part in options.only.split(","))
         SHAPES[:], BATCHES[:] = [SHAPES[shape]], [m]

@@ -1,4 +1,8 @@
-"""Make `import adaptc` work from a checkout that is not installed: a folder of links with the installed layout."""
+"""Make `import adaptc` work from a checkout that is not installed: a folder of links with the installed layout.
+
+Import `kernels_check` first, then call `hide_scripts`: bitsandbytes and transformers look for a package named `kernels`
+and would find the script of that name in this folder.
+"""
 
 from __future__ import annotations
 
@@ -15,3 +19,9 @@ if importlib.util.find_spec("adaptc") is None:
     for name in ("squeeze", "quant", "prune", "kernels", "formats", "cli"):
         (made / name).symlink_to(root / name)
     sys.path.insert(0, str(made.parent))
+
+
+def hide_scripts() -> None:
+    """Take this folder off the module path."""
+    here = str(Path(__file__).resolve().parent)
+    sys.path[:] = [entry for entry in sys.path if entry and str(Path(entry).resolve()) != here]

@@ -19,13 +19,12 @@ def _vector(values: list[float]) -> str:
 
 
 def lookup(table: tuple[float, ...], target: str) -> str:
-    """Return `@lookup(<16 x i8> codes 0-15) -> <16 x float>` for avx512, avx2, neon or generic."""
-    head = f"define internal {F} @lookup(<16 x i8> %c) alwaysinline {{\n"
+    """Return `@lookup(<16 x i32>) -> <16 x float>` by the low four bits, for avx512, avx2, neon or generic."""
+    head = f"define internal {F} @lookup(<16 x i32> %c) alwaysinline {{\n"
     values = list(table)
     if target == "avx512":
         body = f"""
-  %i = zext <16 x i8> %c to <16 x i32>
-  %v = call {F} @llvm.x86.avx512.permvar.sf.512({F} <{_vector(values)}>, <16 x i32> %i)
+  %v = call {F} @llvm.x86.avx512.permvar.sf.512({F} <{_vector(values)}>, <16 x i32> %c)
   ret {F} %v
 }}
 declare {F} @llvm.x86.avx512.permvar.sf.512({F}, <16 x i32>)
@@ -36,11 +35,11 @@ declare {F} @llvm.x86.avx512.permvar.sf.512({F}, <16 x i32>)
         for half, first in (("a", 0), ("b", 8)):
             order = ", ".join(f"i32 {first + i}" for i in range(8))
             parts.append(f"""
-  %c{half} = shufflevector <16 x i8> %c, <16 x i8> poison, <8 x i32> <{order}>
-  %i{half} = zext <8 x i8> %c{half} to <8 x i32>
+  %i{half} = shufflevector <16 x i32> %c, <16 x i32> poison, <8 x i32> <{order}>
   %l{half} = call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{low}>, <8 x i32> %i{half})
   %h{half} = call <8 x float> @llvm.x86.avx2.permps(<8 x float> <{high}>, <8 x i32> %i{half})
-  %s{half} = icmp ugt <8 x i32> %i{half}, splat (i32 7)
+  %b{half} = and <8 x i32> %i{half}, splat (i32 8)
+  %s{half} = icmp ne <8 x i32> %b{half}, zeroinitializer
   %v{half} = select <8 x i1> %s{half}, <8 x float> %h{half}, <8 x float> %l{half}""")
         join = ", ".join(f"i32 {i}" for i in range(16))
         body = (
@@ -58,12 +57,14 @@ declare <8 x float> @llvm.x86.avx2.permps(<8 x float>, <8 x i32>)
         for byte in range(4):
             plane = ", ".join(f"i8 {r[byte] - 256 if r[byte] > 127 else r[byte]}" for r in raw)
             parts.append(
-                f"\n  %b{byte} = call <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8> <{plane}>, <16 x i8> %c)"
+                f"\n  %b{byte} = call <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8> <{plane}>, <16 x i8> %n)"
             )
         wide = ", ".join(f"i32 {i}" for i in range(32))
         weave = ", ".join(f"i32 {i + 16 * byte}" for i in range(16) for byte in range(4))
+        narrow = "\n  %t = trunc <16 x i32> %c to <16 x i8>\n  %n = and <16 x i8> %t, splat (i8 15)"
         body = (
-            "".join(parts)
+            narrow
+            + "".join(parts)
             + f"""
   %p = shufflevector <16 x i8> %b0, <16 x i8> %b1, <32 x i32> <{wide}>
   %q = shufflevector <16 x i8> %b2, <16 x i8> %b3, <32 x i32> <{wide}>
@@ -78,8 +79,9 @@ declare <16 x i8> @llvm.aarch64.neon.tbl1.v16i8(<16 x i8>, <16 x i8>)
         loads = []
         for i in range(16):
             loads.append(f"""
-  %c{i} = extractelement <16 x i8> %c, i32 {i}
-  %i{i} = zext i8 %c{i} to i64
+  %c{i} = extractelement <16 x i32> %c, i32 {i}
+  %n{i} = and i32 %c{i}, 15
+  %i{i} = zext i32 %n{i} to i64
   %p{i} = getelementptr float, ptr @table, i64 %i{i}
   %f{i} = load float, ptr %p{i}
   %v{i} = insertelement {F} {f"%v{i - 1}" if i else "poison"}, float %f{i}, i32 {i}""")
@@ -145,14 +147,14 @@ block:
   %c0 = load <16 x i8>, ptr %pc, align 1
   %pd = getelementptr i8, ptr %pc, i64 16
   %c1 = load <16 x i8>, ptr %pd, align 1
-  %x0 = lshr <16 x i8> %c0, splat (i8 4)
-  %x1 = lshr <16 x i8> %c1, splat (i8 4)
-  %y0 = and <16 x i8> %c0, splat (i8 15)
-  %y1 = and <16 x i8> %c1, splat (i8 15)
-  %h0 = call {F} @lookup(<16 x i8> %x0)
-  %h1 = call {F} @lookup(<16 x i8> %x1)
-  %l0 = call {F} @lookup(<16 x i8> %y0)
-  %l1 = call {F} @lookup(<16 x i8> %y1)
+  %y0 = zext <16 x i8> %c0 to <16 x i32>
+  %y1 = zext <16 x i8> %c1 to <16 x i32>
+  %x0 = lshr <16 x i32> %y0, splat (i32 4)
+  %x1 = lshr <16 x i32> %y1, splat (i32 4)
+  %h0 = call {F} @lookup(<16 x i32> %x0)
+  %h1 = call {F} @lookup(<16 x i32> %x1)
+  %l0 = call {F} @lookup(<16 x i32> %y0)
+  %l1 = call {F} @lookup(<16 x i32> %y1)
   %ps = getelementptr float, ptr %scales, i64 %cell
   %s0 = load float, ptr %ps{_splat("s", "%s0")}
   %k = shl i64 %b, 5{work}
@@ -193,10 +195,10 @@ block:
   %f{i} = add i64 %byte, {16 * i}
   %pc{i} = getelementptr i8, ptr %codes, i64 %f{i}
   %c{i} = load <16 x i8>, ptr %pc{i}, align 1
-  %x{i} = lshr <16 x i8> %c{i}, splat (i8 4)
-  %y{i} = and <16 x i8> %c{i}, splat (i8 15)
-  %h{i} = call {F} @lookup(<16 x i8> %x{i})
-  %l{i} = call {F} @lookup(<16 x i8> %y{i})
+  %y{i} = zext <16 x i8> %c{i} to <16 x i32>
+  %x{i} = lshr <16 x i32> %y{i}, splat (i32 4)
+  %h{i} = call {F} @lookup(<16 x i32> %x{i})
+  %l{i} = call {F} @lookup(<16 x i32> %y{i})
   %hs{i} = fmul {F} %h{i}, %s
   %ls{i} = fmul {F} %l{i}, %s
   %w{i} = shufflevector {F} %hs{i}, {F} %ls{i}, <32 x i32> <{_WEAVE}>

@@ -26,8 +26,7 @@ class Native:
     target: str
     gemv: dict[tuple[str, int], Any]
     dequant: dict[str, Any]
-    shrink: Any
-    expand: Any
+    adapter: Any
     engines: tuple[Any, ...]
 
 
@@ -71,9 +70,8 @@ def native(target: str | None = None) -> Native:
         for rows in ROWS:
             gemv[code, rows] = _function(engine, f"gemv{rows}", [*pointers, *sizes])
         dequant[code] = _function(engine, "dequant", [*[ctypes.c_void_p] * 3, ctypes.c_int64])
-    shrink = _function(engines[0], "shrink", [*[ctypes.c_void_p] * 4, ctypes.c_float, *[ctypes.c_int64] * 5])
-    expand = _function(engines[0], "expand", [*[ctypes.c_void_p] * 3, *[ctypes.c_int64] * 5])
-    return Native(chosen, gemv, dequant, shrink, expand, tuple(engines))
+    adapter = _function(engines[0], "adapter", [*[ctypes.c_void_p] * 5, ctypes.c_float, *[ctypes.c_int64] * 7])
+    return Native(chosen, gemv, dequant, adapter, tuple(engines))
 
 
 def _function(engine: Any, name: str, arguments: list[Any]) -> Any:

@@ -56,14 +56,13 @@ def add_adapter(x: Tensor, adapter: Resident, scale: float, y: Tensor) -> Tensor
     if not adapter.packed:
         q, p = adapter.q.float(), adapter.p.float()
         return y.addmm_((x @ q.t()) @ adapter.core, p, alpha=scale)
-    rows, (m, n) = x.shape[0], adapter.shape
-    code, (tq, tp) = native(), adapter.core.shape
-    g = torch.empty(rows, tp + 1, dtype=torch.float32)
-    code.shrink(
-        x.data_ptr(), adapter.q.data_ptr(), adapter.core.data_ptr(), g.data_ptr(), scale, rows, x.stride(0), n, tq, tp
-    )
-    room = y if y.stride(0) % 16 == 0 and y.stride(0) >= m else torch.zeros(rows, -(-m // 16) * 16)
-    code.expand(g.data_ptr(), masks(adapter).data_ptr(), room.data_ptr(), rows, room.stride(0), tp, 0, -(-m // 16))
+    (tq, tp), (m, n) = adapter.core.shape, adapter.shape
+    groups, ldy = -(-m // 16), y.stride(0)
+    room = y if ldy % 16 == 0 and ldy >= m else torch.zeros(x.shape[0], groups * 16)
+    native().adapter(
+        x.data_ptr(), adapter.q.data_ptr(), adapter.core.data_ptr(), masks(adapter).data_ptr(), room.data_ptr(), scale,
+        x.shape[0], x.stride(0), n, tq, tp, room.stride(0), groups,
+    )  # fmt: skip
     return y if room is y else y + room[:, :m]
 
 

@@ -135,7 +135,7 @@ exit:
   ret void
 }}
 
-define void @shrink(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %g, float %scale, i64 %rows,
+define internal void @shrink(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %g, float %scale, i64 %rows,
                     i64 %ldx,
                     i64 %n, i64 %tq, i64 %tp) {{
 entry:
@@ -176,7 +176,7 @@ exit:
 """
 
 EXPAND = f"""
-define void @expand(ptr noalias %g, ptr noalias %p, ptr noalias %y, i64 %rows, i64 %ldy, i64 %tp, i64 %lo, i64 %hi) {{
+define internal void @expand(ptr noalias %g, ptr noalias %p, ptr noalias %y, i64 %rows, i64 %ldy, i64 %tp, i64 %lo, i64 %hi) {{
 entry:
   %ldg = add i64 %tp, 1
   %wide = icmp slt i64 %lo, %hi
@@ -214,4 +214,27 @@ exit:
 }}
 """
 
-TEXT = SELECTED + SIGNED + SHRINK + EXPAND
+ADAPTER = """
+define void @adapter(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %p, ptr noalias %y, float %scale,
+                     i64 %rows, i64 %ldx, i64 %n, i64 %tq, i64 %tp, i64 %ldy, i64 %groups) {
+entry:
+  %g = alloca [257 x float], align 64
+  %some = icmp sgt i64 %rows, 0
+  br i1 %some, label %row, label %exit
+row:
+  %m = phi i64 [ 0, %entry ], [ %m.next, %row ]
+  %x.at = mul i64 %m, %ldx
+  %px = getelementptr float, ptr %x, i64 %x.at
+  %y.at = mul i64 %m, %ldy
+  %py = getelementptr float, ptr %y, i64 %y.at
+  call void @shrink(ptr %px, ptr %q, ptr %core, ptr %g, float %scale, i64 1, i64 %ldx, i64 %n, i64 %tq, i64 %tp)
+  call void @expand(ptr %g, ptr %p, ptr %py, i64 1, i64 %ldy, i64 %tp, i64 0, i64 %groups)
+  %m.next = add i64 %m, 1
+  %more = icmp slt i64 %m.next, %rows
+  br i1 %more, label %row, label %exit
+exit:
+  ret void
+}
+"""
+
+TEXT = SELECTED + SIGNED + SHRINK + EXPAND + ADAPTER

@@ -54,8 +54,7 @@ def test_the_ir_compiles_for_every_target(target: str, instruction: str) -> None
     text = jit.assembly("nf4", target)
     assert instruction in text
     assert all(f"gemv{rows}:" in text for rows in jit.ROWS)
-    assert "shrink:" in text
-    assert "expand:" in text
+    assert "adapter:" in text
 
 
 def test_threads_share_out_the_rows(monkeypatch: pytest.MonkeyPatch, close: Callable[[Tensor, Tensor], None]) -> None:

@@ -90,7 +90,8 @@ def hra(delta: NeedsBase, w0: Tensor) -> BaseFree:
 def _gram_schmidt(u: Tensor) -> Tensor:
     """Return the orthonormal basis that Gram-Schmidt makes of the columns of u (diagonal of R positive)."""
     q, r = torch.linalg.qr(u)
-    return q * r.diagonal().sign()
+    basis: Tensor = q * r.diagonal().sign()
+    return basis
 
 
 def road(delta: NeedsBase, w0: Tensor) -> BaseFree:

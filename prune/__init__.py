@@ -1,1 +1,1 @@
-
+"""Fewer entries, fewer channels: passes that prune live here; there is none yet."""

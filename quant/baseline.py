@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -67,4 +68,4 @@ def _error(b: Tensor, a: Tensor, s: float, b2: Tensor, a2: Tensor, energy: float
         return 0.0
     b, a = b.double() * s, a.double()
     left = energy - 2 * float(((b.mT @ b2) * (a @ a2.mT)).sum()) + float(((b2.mT @ b2) * (a2 @ a2.mT)).sum())
-    return (max(left, 0.0) / energy) ** 0.5
+    return math.sqrt(max(left, 0.0) / energy)

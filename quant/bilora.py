@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -28,13 +28,13 @@ def codebook(bits: int) -> Tensor:
     v_i = Phi^-1((Phi(t_i) + Phi(t_{i+1})) / 2) with t_i the midpoint of v_{i-1} and v_i, 500 iterations: the least
     absolute error, not the least squares (1 bit: +-0.6745, where least squares has +-0.7979).
     """
-    normal = torch.distributions.Normal(torch.tensor(0.0, dtype=torch.float64), torch.tensor(1.0, dtype=torch.float64))
     n = 2**bits
-    v = normal.icdf((torch.arange(n, dtype=torch.float64) + 0.5) / n)
+    v = torch.special.ndtri((torch.arange(n, dtype=torch.float64) + 0.5) / n)
     for _ in range(500):
-        edges = torch.cat([torch.zeros(1).double(), normal.cdf((v[:-1] + v[1:]) / 2), torch.ones(1).double()])
-        v = normal.icdf((edges[:-1] + edges[1:]) / 2)
-    return ((v - v.flip(0)) / 2).float()
+        edges = torch.cat([torch.zeros(1).double(), torch.special.ndtr((v[:-1] + v[1:]) / 2), torch.ones(1).double()])
+        v = torch.special.ndtri((edges[:-1] + edges[1:]) / 2)
+    levels: Tensor = ((v - v.flip(0)) / 2).float()
+    return levels
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -64,7 +64,7 @@ class BiLora(FactorCodec):
 
     def _codes_of(self, w: Tensor) -> tuple[Tensor, Tensor, Tensor] | None:
         """Return (codes, mean, std) where w takes exactly the values of a codebook (trained with it), else None."""
-        levels, book = w.unique(), codebook(self.width)
+        levels, book = torch.unique(w), codebook(self.width)
         if len(levels) != len(book):
             return None
         std = (levels[-1].double() - levels[0].double()) / (book[-1].double() - book[0].double())
@@ -80,7 +80,8 @@ class BiLora(FactorCodec):
         """Return codebook[code] * std + mean."""
         code = unpack_codes(streams["codes"], self.width, rows * columns).long()
         mean, std = streams["moments"]
-        return (codebook(self.width)[code] * std + mean).reshape(rows, columns)
+        decoded: Tensor = codebook(self.width)[code] * std + mean
+        return decoded.reshape(rows, columns)
 
 
 class StraightThrough(nn.Module):
@@ -122,7 +123,7 @@ def quantize_aware(model: nn.Module, bits: int = 1) -> int:
 def bake(model: nn.Module) -> nn.Module:
     """Replace the training parametrization by the values it produces, so that the model saves as plain PEFT."""
     for layer in model.modules():
-        if parametrize.is_parametrized(layer, "weight") and any(
-                isinstance(p, StraightThrough) for p in layer.parametrizations["weight"]):  # type: ignore[index, union-attr]
+        held: Any = getattr(layer, "parametrizations", {})
+        if "weight" in held and any(isinstance(p, StraightThrough) for p in held["weight"]):
             parametrize.remove_parametrizations(layer, "weight", leave_parametrized=True)
     return model

@@ -72,7 +72,7 @@ class Directions:
              ) -> Directions:
         """Return the code. Raises FormatError for chunks of unknown modules, repeated or out of order."""
         if config.keys() != {"dtype", "scale"} or config["dtype"] not in PLAIN:
-            raise FormatError(f"directions have config {str(dict(config))[:60]}, not a dtype ({', '.join(PLAIN)}) and a "
+            raise FormatError(f"directions have config {str(dict(config))[:60]}, no dtype ({', '.join(PLAIN)}) and a "
                               "scale")
         scale = config["scale"]
         scales = tuple(scale) if isinstance(scale, list) else (scale,) * len(modules)

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from reference_data import shared_root
 from peft_oracle import Held, distance, error, merged
+from reference_data import shared_root
 from torch import Tensor, nn
 from torch.nn import functional as F
 

@@ -41,7 +41,7 @@ def test_pass_resolves_what_it_is_asked_to(base: Path) -> None:
     torch.testing.assert_close(after.deltas["q.weight"].dense(), (W0 * (L[:, None] - 1)).double())
     torch.testing.assert_close(after.deltas["q.bias"].dense(), (torch.arange(6.0) * (L - 1)).double())
     assert isinstance(after.deltas["d.weight"], NeedsBase)
-    assert [r.note for r in outcome.rows][0] == Resolve.done
+    assert outcome.rows[0].note == Resolve.done
     every = Resolve()(adapter(), Context(Base(base))).adapter
     assert not any(isinstance(d, NeedsBase) for d in every.deltas.values())
 

@@ -202,7 +202,8 @@ def test_non_finite_factors_name_the_module() -> None:
 
 @pytest.mark.parametrize("options", [
     {}, {"rank": 0}, {"rank": -3}, {"energy": 0.0}, {"energy": 1.5}, {"max_error": 1.0}, {"size": 0},
-    {"rank": 2, "energy": 0.5}, {"rank": 2, "method": "magic"}, {"rank": 2, "dtype": "int8"}, {"rank": 2, "fit": "mlx"}, {"rank": 2.5}])
+    {"rank": 2, "energy": 0.5}, {"rank": 2, "method": "magic"}, {"rank": 2, "dtype": "int8"},
+    {"rank": 2, "fit": "mlx"}, {"rank": 2.5}])
 def test_options_that_make_no_sense(options: dict[str, object]) -> None:
     with pytest.raises(UsageError):
         Truncate(**options)  # type: ignore[arg-type]

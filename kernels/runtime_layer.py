@@ -39,7 +39,7 @@ class Layer:
         self.own: Callable[[Tensor], Tensor] = site.module.forward
         self.branches: dict[str, tuple[Branch, ...]] = {}
         self.gains: dict[str, Tensor] = {}
-        self.coded: Weight | None = None
+        self.coded: Weight | None = None  # of bitsandbytes: its scales are codes too, decoded once
         self.device: torch.device | None = None
         self.hidden: Any = None  # a forward of the module's own instance, as other tools put there
 
@@ -63,8 +63,10 @@ class Layer:
 
         Codes always; floats where the adapter is fused into the product (GPU) or the specification is asked for.
         """
-        if self.site.kind in ("packed", "bnb4"):
-            if self.coded is None or self.coded.data.data_ptr() != self._data().data_ptr():
+        if self.site.kind == "packed":
+            return self.site.weight()
+        if self.site.kind == "bnb4":
+            if self.coded is None or self.coded.data.device != x.device:
                 self.coded = self.site.weight()
             return self.coded
         if self.site.kind != "linear":
@@ -75,10 +77,6 @@ class Layer:
             return None  # the kernels have no gradient for the weight
         fused = backend(x) == "triton" or os.environ.get("ADAPTC_KERNELS") == "naive"
         return self.site.weight() if fused else None
-
-    def _data(self) -> Tensor:
-        data: Tensor = self.module.data if self.site.kind == "packed" else self.module.weight
-        return data
 
     def _uniform(self, x: Tensor, terms: list[Term]) -> Tensor:
         """Run the same adapters on every row."""

@@ -109,13 +109,27 @@ def _bitsandbytes(module: Any, shape: tuple[int, int]) -> Weight | None:
     if state is None or state.quant_type != "nf4" or state.blocksize != 64 or shape[1] % 64:
         return None
     if getattr(state, "packing_format_for_cpu", False):
-        return None
+        return nf4_from_bitsandbytes(_from_cpu_packing(module.weight.detach(), shape), state.absmax.t(), shape, 64)
     absmax = state.absmax
     if state.nested:
         from bitsandbytes.functional import dequantize_blockwise
 
         absmax = dequantize_blockwise(absmax, state.state2).float() + state.offset
     return nf4_from_bitsandbytes(module.weight.detach(), absmax, shape, state.blocksize)
+
+
+def _from_cpu_packing(packed: Tensor, shape: tuple[int, int]) -> Tensor:
+    """Return the codes of a weight that bitsandbytes laid out for its own CPU kernel, row by row again: a copy.
+
+    It does so in its first forward on a machine with AVX-512 and bfloat16: blocks of 32 rows, two columns at a time, of
+    64 codes the first half in the low nibbles, and scales rounded to bfloat16 and transposed.
+    """
+    m, n = shape
+    if m % 32:
+        raise UnsupportedError(f"nf4 weight {m} x {n} is packed for 32 rows at a time")
+    half = packed.view(torch.uint8).reshape(-1, 32)
+    codes = torch.cat([half & 15, half >> 4], 1).view(m // 32, n // 2, 32, 2).transpose(1, 2)
+    return (codes[..., 0] << 4 | codes[..., 1]).reshape(m, n // 2)
 
 
 def check_names(model: nn.Module, keys: Iterable[str], what: str = "parameter") -> None:

@@ -31,10 +31,11 @@ test: $(VENV)/test  ## run the tests (no GPU, no downloads)
 	$(PY) -m pytest -n 2 -m "not shared"
 
 # mypy resolves the folders as adaptc.* only when their files are linked into place, so this installs them that way.
-check: $(VENV)/dev  ## lint, types, and the slow checks
+check: $(VENV)/dev  ## lint, types, a minute of fuzzing
 	$(VENV)/bin/ruff check .
 	$(PIP) -e . --no-deps --config-settings editable_mode=strict
 	$(VENV)/bin/mypy -p adaptc; rc=$$?; $(PIP) -e . --no-deps; exit $$rc
+	$(PY) tests/fuzz_container.py 60
 
 corpus: $(VENV)/test  ## read every reference adapter, rebuild every oracle (needs ADAPTC_SHARED or ../shared)
 	$(PY) -m pytest -n 2 -m shared -rs

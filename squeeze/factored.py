@@ -21,7 +21,7 @@ class Core:
     """SVD dW = left @ diag(s) @ right, kept as small maps: left = b @ map_b and right = map_a @ a.
 
     When the factors were too badly conditioned for that, `q_b` and `q_a` hold orthonormal bases that take the places
-    of b and a. s: (..., r) float64, descending.
+    of b and a. s: (..., r) float64, descending. `whole` is dW between these bases where s holds only a part of it.
     """
 
     s: Tensor
@@ -29,6 +29,12 @@ class Core:
     map_a: Tensor  # (..., r, r_a)
     q_b: Tensor | None = None  # (..., m, r_b)
     q_a: Tensor | None = None  # (..., r_a, n)
+    whole: Tensor | None = None  # (..., r_b, r_a)
+
+    @property
+    def energy(self) -> float:
+        """Return ||dW||_F^2, of all of dW."""
+        return float((self.s if self.whole is None else self.whole).square().sum())
 
     def maps(self, k: int) -> tuple[Tensor, Tensor]:
         """Return (..., r_b, k) and (..., k, r_a): the best rank-k part is b @ first, second @ a, sqrt(s) on both."""
@@ -130,11 +136,13 @@ def truncate(b: Tensor, a: Tensor, k: int, *, middle: Tensor | None = None, scal
     new_b, cross_b, own_b = project(left_in, map_b, dtype)
     new_at, cross_a, own_a = project(right_in.mT, map_a.mT, dtype)
     new_a = new_at.mT.contiguous()
-    total = float(core.s.square().sum())
+    total = core.energy
     if total <= 0.0:
         return Stored(new_b, new_a, 0.0)
     # <dW, b' a'> through the core: dW = left_in K right_in with K = map_b^+ S map_a^+, and for orthonormal bases U S V.
-    if orthonormal:
+    if core.whole is not None:
+        weight = core.whole
+    elif orthonormal:
         weight = (core.map_b * core.s[..., None, :]) @ core.map_a
     elif middle is not None:
         weight = scale * middle.double()

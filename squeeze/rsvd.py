@@ -29,7 +29,8 @@ def core_rsvd(b: Tensor, a: Tensor, middle: Tensor | None, scale: float, k: int,
               ) -> Core:
     """Return the randomised SVD of scale * b @ middle @ a as a Core (LoRA-Squeeze, Alg. 2).
 
-    QR of both factors in float64, then RSVD of the small core. Raises FormatError for NaN or Inf.
+    QR of both factors in float64, then RSVD of the small core, which is kept to measure against. Raises FormatError for
+    NaN or Inf.
     """
     q_b, r_b = torch.linalg.qr(b.double())
     q_a, r_a = torch.linalg.qr(a.double().mT)
@@ -37,4 +38,4 @@ def core_rsvd(b: Tensor, a: Tensor, middle: Tensor | None, scale: float, k: int,
     small = (r_b if middle is None else r_b @ middle) @ r_a.mT * scale
     parts = [rsvd(w, k, oversample, power, seed) for w in small.reshape(-1, *small.shape[-2:])]
     u, s, vh = (torch.stack(t).reshape(*b.shape[:-2], *t[0].shape) for t in zip(*parts, strict=True))
-    return Core(s, u, vh, q_b, q_a.mT)
+    return Core(s, u, vh, q_b, q_a.mT, small)

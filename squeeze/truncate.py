@@ -167,10 +167,12 @@ class Truncate(Pass):
         k = min(setting.rank, core.s.shape[-1])
         made = truncate(b, a, k, middle=middle, scale=scale, dtype=self._dtype(delta), core=core)
         after = LowRank(_storable(made.a), _storable(made.b), None, 1.0, delta.shape)
-        energy = float(core.s.square().sum())
+        error, energy = made.error, core.energy
+        if setting.core is None and self.method == "rsvd" and low_rank(delta) is None:
+            error, energy = _dense_error(delta, after)
         if not isinstance(delta, LowRank) and after.nbytes >= delta.nbytes:
             return Change(delta, 0.0, f"kept as it is: rank {k} would take {after.nbytes} bytes", energy)
-        return Change(after, made.error, energy=energy)
+        return Change(after, error, energy=energy)
 
     def _dora(self, key: str, delta: NeedsBase, setting: Setting) -> Change:
         assert isinstance(delta.inner, LowRank)
@@ -222,6 +224,13 @@ def _factors(delta: Delta, device: str, rank: int | None = None, how: Truncate |
     else:
         u, s, vh = torch.linalg.svd(w, full_matrices=False)
     return u * s, vh, None, 1.0
+
+
+def _dense_error(delta: BaseFree, after: LowRank) -> tuple[float, float]:
+    """Return (relative error, ||dW||_F^2) of a dense delta, with what its randomised SVD has not seen."""
+    w = delta.dense()
+    energy = float(w.square().sum())
+    return (float((w - after.dense()).norm()) / energy**0.5 if energy else 0.0), energy
 
 
 def _combined(s: Tensor) -> Tensor:

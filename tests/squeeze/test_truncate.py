@@ -164,6 +164,17 @@ def test_dense_deltas_become_low_rank(method: str) -> None:
     assert relative_error(dense, after) < 1e-3
 
 
+@pytest.mark.parametrize("delta", [pair(r=24, decay=0.95), Dense(t(40, 56), 0.5, (40, 56)),
+                                   LowRank(t(3, 24, 56), t(3, 40, 24), None, 1.0, (3, 40, 56))],
+                         ids=["factors", "dense", "experts"])
+def test_the_error_of_rsvd_counts_what_its_sketch_has_not_seen(delta: LowRank | Dense) -> None:
+    outcome = run(adapter(q=delta), rank=4, method="rsvd", oversample=2, power=1)
+    row, after = outcome.rows[0], outcome.adapter.deltas["q.weight"].dense()  # type: ignore[union-attr]
+    assert row.error == pytest.approx(float((delta.dense() - after).norm() / delta.dense().norm()), rel=1e-9)
+    assert row.error >= (best(delta, 4) if len(delta.shape) == 2 else 0)  # type: ignore[arg-type]
+    assert row.energy == pytest.approx(float(delta.dense().square().sum()), rel=1e-9)
+
+
 def test_what_it_does_not_handle_is_left_alone_and_said() -> None:
     sparse = Sparse(torch.tensor([1, 5]), t(2), 1.0, (40, 56))
     outcome = run(adapter(q=pair(), s=sparse), rank=2)

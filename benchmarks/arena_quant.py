@@ -1,4 +1,4 @@
-"""What quantized adapters are worth: python benchmarks/arena_quant.py SHARED [TASK ...] [--calibrate]
+"""What quantized adapters are worth: python benchmarks/arena_quant.py SHARED [TASK ...] [--calibrate 40]
 
 Whole container files at 1/64, 1/128 and 1/256 of the float32 bytes of SHARED/arena's adapters (deltas only: the
 classifier head is not compressed and not counted), made by `adaptc quantize --size`, decoded by `adaptc decode` and
@@ -108,7 +108,7 @@ def total_error(before: dict[str, Any], after: dict[str, Any]) -> float:
     return math.sqrt(max(left, 0.0) / total)
 
 
-def language(arena: Path, work: Path, calibrate: bool) -> None:
+def language(arena: Path, work: Path, windows: int) -> None:
     task = arena / "smollm2-shakespeare"
     made = factors(task / "adapter")
     full = 4 * sum(b.numel() + a.numel() for b, a, _ in made.values())
@@ -122,18 +122,19 @@ def language(arena: Path, work: Path, calibrate: bool) -> None:
         row = f"| lm, 1/{part} | {file.stat().st_size} | {total_error(made, after):.3f} | "
         row += f"{truncation_nf4(made, full // part).error:.3f} | | "
         print(row + f"{kept(scorer, model, tokens, after)} |", flush=True)
-        if calibrate:
+        if windows:
             modules = {k: Module(b.numpy(), a.numpy(), s) for k, (b, a, s) in made.items()}
             code = encode(modules, Budget(nbytes=full // part - HEADER))
-            code = refit(model, tokens, task, made, code)
+            code = refit(model, tokens, task, made, code, windows)
             after = {k: (torch.tensor(b), torch.tensor(a), 1.0) for k, (b, a) in decode(code).items()}
             print(f"| lm, 1/{part}, gains refitted | {code.nbytes + HEADER} | {total_error(made, after):.3f} | | | "
                   f"{kept(scorer, model, tokens, after)} |", flush=True)
 
 
-def refit(model: Any, tokens: Any, task: Path, made: dict[str, Any], code: RDCode, length: int = 256) -> RDCode:
+def refit(model: Any, tokens: Any, task: Path, made: dict[str, Any], code: RDCode, windows: int) -> RDCode:
+    length = 256
     ids = torch.tensor(tokens((task / "calibration.txt").read_text())["input_ids"])
-    batches = [window[None] for window in ids[: len(ids) // length * length].split(length)]
+    batches = [window[None] for window in ids[: len(ids) // length * length].split(length)][:windows]
     layers = {key: model.get_submodule(key.removesuffix(".weight")) for key in made}
     reference = {key: (s * b, a) for key, (b, a, s) in made.items()}
     model.requires_grad_(False)
@@ -156,7 +157,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shared", type=Path)
     parser.add_argument("tasks", nargs="*", default=["sst2", "trec", "smollm2-shakespeare"])
-    parser.add_argument("--calibrate", action="store_true")
+    parser.add_argument("--calibrate", type=int, default=0, metavar="N", help="refit gains on N windows of 256 tokens")
     args = parser.parse_args()
     torch.set_num_threads(1)
     print("| adapter | bytes of the file | error of dW | truncation + NF4 | accuracy | perplexity |")

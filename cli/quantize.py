@@ -29,6 +29,8 @@ from adaptc.cli.render import Voice
 @click.option("--include", multiple=True, metavar="PATTERN",
               help="Only modules that fit, as q_proj or layers.0; repeatable.")
 @click.option("--exclude", multiple=True, metavar="PATTERN", help="No modules that fit; repeatable.")
+@click.option("--calibration", type=click.Path(), metavar="FILE",
+              help="Second moments of the inputs (docs/recipes.md): code for outputs where that is better.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @reading
 @working
@@ -36,15 +38,16 @@ from adaptc.cli.render import Voice
 @speaking
 def command(source: str, output: str | None, dry_run: bool, bits: float | None, max_error: float | None,
             size: int | None, method: str, group: int, rank: int | None, energy: float | None,
-            include: tuple[str, ...], exclude: tuple[str, ...], alpha: float | None, dialect: str | None,
-            base: str | None, jobs: int, device: str, allow_loss: bool, force: bool, voice: Voice) -> None:
+            include: tuple[str, ...], exclude: tuple[str, ...], calibration: str | None, alpha: float | None,
+            dialect: str | None, base: str | None, jobs: int, device: str, allow_loss: bool, force: bool,
+            voice: Voice) -> None:
     """Store the deltas of IN in few bits and write a container.
 
     One budget is spent over all modules and singular directions at once: it chooses ranks and bits together. The
     result decodes to ordinary LoRA factors (adaptc decode); its errors are measured on those.
     """
     from adaptc.cli.account import account
-    from adaptc.cli.reading import about, open_adapter, open_base
+    from adaptc.cli.reading import about, open_adapter, open_base, open_calibration
     from adaptc.cli.writing import target
     from adaptc.fingerprint import stamped
     from adaptc.passes import Context, Pipeline
@@ -62,7 +65,7 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
     opened = open_adapter(source, alpha, dialect, weights)
     tag = _tag(method, bits, max_error, size)
     place = target(opened, output, tag, "adaptc", force)
-    ctx = Context(weights, jobs=jobs, device=device, size_of=place.size_of)
+    ctx = Context(weights, open_calibration(calibration), jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
         adapter = stamped(opened.adapter, weights)
         outcome = Pipeline(tuple(steps))(adapter, replace(ctx, progress=progress))

@@ -13,6 +13,7 @@ from adaptc.errors import AdaptcError
 if TYPE_CHECKING:
     from adaptc.adapter import Adapter
     from adaptc.base import Base
+    from adaptc.calibration import Calibration
     from adaptc.formats.format import Evidence, Format
     from adaptc.formats.source import Source
 
@@ -80,3 +81,10 @@ def open_base(path: str | None) -> Base | None:
     from adaptc.base import Base
 
     return None if path is None else Base(Path(path))
+
+
+def open_calibration(path: str | None) -> Calibration | None:
+    """Open the calibration statistics at `path`, None where none were given."""
+    from adaptc.calibration import Calibration
+
+    return None if path is None else Calibration(Path(path))

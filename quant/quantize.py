@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from adaptc.adapter import Adapter, Step
+from adaptc.calibration import Calibration
 from adaptc.coded import Coded
 from adaptc.delta import Delta, LowRank, NeedsBase
 from adaptc.errors import UsageError
@@ -22,6 +23,7 @@ from adaptc.passes import Change, Context, Pass
 from adaptc.quant.baseline import sign_mean, truncation_nf4
 from adaptc.quant.rd import Budget, Module, encode
 from adaptc.quant.rd_code import RateDistortion
+from adaptc.quant.weighted import module_weights, output_error
 from adaptc.registry import CODECS
 
 # Codecs of single factors, with the bit widths they have ("nf4" and "fp8" have one).
@@ -39,7 +41,9 @@ class Quantize(Pass):
     (bytes of the whole file). "affine", "nf4", "fp8" and "bilora" code each factor as it is, `bits` being the width of
     a code and `group` the values that share an affine scale; they are for consumers that want such codes, not for
     budgets. Either way the result decodes to ordinary low-rank factors, and errors are those of the decoded factors.
-    3-D expert stacks and deltas without factors are left alone and named.
+    With calibration statistics in the context, modules are also weighted by what their error costs at the outputs, and
+    the code with the smaller output error is kept. 3-D expert stacks and deltas without factors are left alone and
+    named.
     """
 
     name: ClassVar[str] = "quantize"
@@ -85,15 +89,26 @@ class Quantize(Pass):
         if self.method in WIDTHS or not keys:
             return dict.fromkeys(keys)
         modules = {k: _module(adapter.deltas[k]) for k in keys}
-        shapes = {k: _inner(adapter.deltas[k]).shape for k in keys}
-        if self.size is not None:
-            code = self._fit_size(adapter, modules, shapes, ctx)
-        else:
-            code = RateDistortion(encode(modules, Budget(bits_per_param=self.bits, max_error=self.max_error)))
-        return {k: Coded(code, k, shapes[k]) for k in keys}
+        code, note = self._coded(adapter, modules, ctx, None), ""
+        if isinstance(ctx.calibration, Calibration):
+            weighted = self._coded(adapter, modules, ctx, module_weights(modules, ctx.calibration))
+            errors = [output_error(modules, c, ctx.calibration) for c in (code, weighted)]
+            note = (f"output error on the calibration inputs {errors[0]:.3g} when coded for dW, {errors[1]:.3g} when "
+                    f"coded for outputs: the better was kept")
+            code = weighted if errors[1] < errors[0] else code
+        return {k: Change(_with_inner(adapter.deltas[k], Coded(code, k, _inner(adapter.deltas[k]).shape)), note=note)
+                for k in keys}
 
-    def _fit_size(self, adapter: Adapter, modules: Mapping[str, Module], shapes: Mapping[str, tuple[int, ...]],
-                  ctx: Context) -> RateDistortion:
+    def _coded(self, adapter: Adapter, modules: Mapping[str, Module], ctx: Context, weights: Mapping[str, float] | None
+               ) -> RateDistortion:
+        """Return the code within the budget, with modules weighted in the distortion."""
+        if self.size is not None:
+            return self._fit_size(adapter, modules, ctx, weights)
+        budget = Budget(bits_per_param=self.bits, max_error=self.max_error)
+        return RateDistortion(encode(modules, budget, weights))
+
+    def _fit_size(self, adapter: Adapter, modules: Mapping[str, Module], ctx: Context,
+                  weights: Mapping[str, float] | None) -> RateDistortion:
         """Return the code that makes the whole file at most `size` bytes: coded for what the rest leaves over."""
         if ctx.size_of is None or self.size is None:
             raise UsageError("size needs a target format to count its headers")
@@ -101,7 +116,7 @@ class Quantize(Pass):
         step = Step(str(self), _version(), adapter.nbytes, adapter.nbytes, 1.23457e-05)
 
         def file_size(code: RateDistortion) -> int:
-            deltas = {k: _with_inner(d, Coded(code, k, shapes[k])) if k in shapes else d
+            deltas = {k: _with_inner(d, Coded(code, k, _inner(d).shape)) if k in modules else d
                       for k, d in adapter.deltas.items()}
             return measure(self.finish(adapter, adapter.with_deltas(deltas, step)))
 
@@ -110,15 +125,15 @@ class Quantize(Pass):
         if over >= self.size:
             raise UsageError(f"size {self.size} bytes is below the smallest possible file, {over} bytes",
                              hint="headers and carried tensors (heads, norms) count")
-        code = RateDistortion(encode(modules, Budget(nbytes=self.size - over)))
+        code = RateDistortion(encode(modules, Budget(nbytes=self.size - over), weights))
         while (excess := file_size(code) - self.size) > 0:
             code = code.prefix(code.code.nbytes - excess)
         return code
 
     def delta(self, key: str, delta: Delta, setting: Any) -> Change:
         """Return the planned code in place of the factors, or each factor through its codec."""
-        if isinstance(setting, Coded):
-            return Change(_with_inner(delta, setting))
+        if isinstance(setting, Change):
+            return setting
         factors = low_rank(_inner(delta))
         assert factors is not None
         b, a = decoded(factors.b), decoded(factors.a)

@@ -73,10 +73,9 @@ class Layer:
             return None
         if torch.compiler.is_compiling():
             return self.site.weight() if x.is_cuda else None
-        if self.module.weight.requires_grad and torch.is_grad_enabled():
-            return None  # the kernels have no gradient for the weight
         fused = backend(x) == "triton" or os.environ.get("ADAPTC_KERNELS") == "naive"
-        return self.site.weight() if fused else None
+        trained = self.module.weight.requires_grad and torch.is_grad_enabled()  # the kernels have no gradient for it
+        return self.site.weight() if fused and not trained else None
 
     def _uniform(self, x: Tensor, terms: list[Term]) -> Tensor:
         """Run the same adapters on every row."""

@@ -62,7 +62,8 @@ def test_residents(core: bool) -> None:
     parts, scale = residents(coded, torch.float32)
     assert [part.packed for part in parts] == [True]
     near(dense(parts, scale), coded.dense(), 1e-6)
-    wide = LowRank(torch.randn(300, 200), torch.randn(120, 300), torch.randn(300, 300) if core else None, 2.0, (120, 200))
+    inner = torch.randn(300, 300) if core else None
+    wide = LowRank(torch.randn(300, 200), torch.randn(120, 300), inner, 2.0, (120, 200))
     parts, scale = residents(wide, torch.float32)
     assert len(parts) == 2
     near(dense(parts, scale), wide.dense(), 1e-6)

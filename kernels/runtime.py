@@ -80,7 +80,7 @@ class Runtime:
         nbytes += sum(g.nbytes for _, g in built.values() if g is not None)
         nbytes += sum(d.nbytes for d in (*switched.values(), *adapter.replaced.values()))
         layers = tuple(dict.fromkeys(names))
-        self.adapters[name] = Attached(name, scale, layers, adapter.replaced, switched, nbytes)
+        self.adapters[name] = Attached(name, scale, layers, dict(adapter.replaced), switched, nbytes)
         self._paged = None
 
     def remove(self, name: str) -> None:

@@ -69,6 +69,10 @@ def resolved(adapter: Adapter, base: Base, keep: Collection[str] = ()) -> Adapte
                     deltas[bias] = change
         except AdaptcError as e:
             raise type(e)(str(e) if key in str(e) else f"{key}: {e}", hint=e.hint) from e
+        except (KeyError, TypeError, ValueError, IndexError, AttributeError) as e:  # settings or tensors that lie
+            raise FormatError(f"{key}: {delta.kind} is malformed ({type(e).__name__}: {str(e)[:80]})") from e
+        except RuntimeError as e:  # what torch raises for shapes that do not go together
+            raise FormatError(f"{key}: tensors of {delta.kind} do not fit the weight ({str(e)[:120]})") from e
     for delta in deltas.values():
         if isinstance(delta, NeedsBase):
             used -= set(delta.config.get("shared", {}).values())

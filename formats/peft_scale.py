@@ -35,8 +35,10 @@ def number(config: Mapping[str, Any], name: str, value: Any) -> float:
 def scale(config: Mapping[str, Any], module: str, rank: int) -> float:
     """Return s = alpha / r, or alpha / sqrt(r) with use_rslora, after alpha_pattern; r is the tensors' own rank.
 
-    Raises FormatError when the config promises another rank for this module.
+    Raises FormatError when the config promises another rank for this module, or there is none.
     """
+    if rank < 1:
+        raise FormatError(f"{module}: rank {rank} has no scale")
     promised = pattern(config.get("rank_pattern"), module, config.get("r"))
     if promised is not None and int(number(config, "r", promised)) != rank:
         raise FormatError(f"{module}: adapter_config.json says rank {promised}, lora_A has rank {rank}")

@@ -133,6 +133,9 @@ class _Module:
             raise FormatError(f"manifest has a change of base weights {str(name)[:60]!r}, which is not known")
         if not isinstance(config, dict) or deeper(config, 8) or not isinstance(tensors, dict):
             raise FormatError(f"{name} has a config or tensors that are no objects")
+        shared = config.get("shared", {})
+        if not isinstance(shared, dict) or not all(isinstance(v, str) for v in shared.values()):
+            raise FormatError(f"{name} shares {str(shared)[:40]}, not tensors by name")
         shape = read_shape(form.get("shape"), empty=True)  # some are known only once the base is
         inner = self._part(form["inner"], depth, *_FREE) if "inner" in form else None
         if inner is not None and inner.shape != shape:

@@ -11,6 +11,7 @@ come back from being written.
 from __future__ import annotations
 
 import copy
+import hashlib
 import json
 import struct
 import sys
@@ -26,13 +27,16 @@ from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
 from adaptc.errors import AdaptcError
-from adaptc.formats.portable import Portable
+from adaptc.formats import save
+from adaptc.formats.portable import Portable, without_container
 from adaptc.formats.portable_write import digest
 from adaptc.formats.prefix import cut
 from adaptc.formats.sniff import recognise
 from adaptc.formats.source import open_source
 from adaptc.formats.verify import verify
+from adaptc.passes import Context
 from adaptc.squeeze.inspection import inspect
+from adaptc.squeeze.truncate import Truncate
 from adaptc.tensorfile import DTYPES, NAMES, TensorFile
 
 BASES = [p.read_bytes() for p in sorted((Path(__file__).parent / "fixtures").rglob("*.safetensors"))]
@@ -133,9 +137,22 @@ def packed(manifest: str, tensors: dict[str, torch.Tensor], header: Any = None) 
     return struct.pack("<Q", len(text)) + text + data
 
 
+class Broken(bytes):
+    """A file to check; a failure says where it was put."""
+
+    def __repr__(self) -> str:
+        kept = Path(tempfile.gettempdir()) / f"fuzz-{hashlib.sha256(self).hexdigest()[:16]}.adaptc.safetensors"
+        kept.write_bytes(self)
+        return f"{len(self)} bytes, kept as {kept}"
+
+
 @st.composite
-def files(draw: Any) -> bytes:
+def files(draw: Any) -> Broken:
     """Return a container with up to three things wrong with it."""
+    return Broken(_file(draw))
+
+
+def _file(draw: Any) -> bytes:
     base = draw(st.sampled_from(BASES))
     kind = draw(st.sampled_from(["bytes", "header", *["inside"] * 8]))
     if kind == "bytes":
@@ -178,7 +195,9 @@ def check(data: bytes) -> bool:
             return False
         repr([adapter, *adapter.deltas.values()])
         for work in (lambda: verify(source, adapter, None), lambda: inspect(adapter, jobs=1),
-                     lambda: cut(adapter, len(data) * 2 // 3, lambda a: Portable().size(a, folder=False))):
+                     lambda: cut(adapter, len(data) * 2 // 3, lambda a: Portable().size(a, folder=False)),
+                     lambda: Truncate(rank=1)(adapter, Context(jobs=1)),
+                     lambda: save(without_container(adapter), Path(folder) / "plain", dialect="peft", allow_loss=True)):
             try:
                 work()
             except AdaptcError:

@@ -2,7 +2,8 @@
 
 A *lane* is one bit stream: up to two runs of samples, each with the tables of its own class. The coder state X is
 0..1023; the first ten bits of a lane give X, then every sample costs one look-up (the symbol, a bit count and a new
-base) and that many bits, most significant first. Lanes are independent, so NumPy steps through all of them together.
+base) and that many bits, most significant first. Lanes are independent, so NumPy steps through all of them together;
+`tans_native` does the same in compiled code, for large adapters and where llvmlite is installed.
 Tabled ANS: Duda 2013, with the spreading step of FSE.
 """
 
@@ -15,6 +16,7 @@ import numpy as np
 import numpy.typing as npt
 
 from adaptc.errors import FormatError
+from adaptc.quant import tans_native
 from adaptc.quant.rd_tables import FINE, FREQUENCIES, TABLE_BITS, Ints, halvings, table
 from adaptc.quant.trellis import NEXT, walk
 
@@ -168,23 +170,33 @@ def decode_lanes(data: bytes, origin: Ints, nbytes: Ints, lanes: Lanes) -> list[
     Raises:
         FormatError: a lane does not end where its byte count says.
     """
-    words = np.frombuffer(data + bytes(-len(data) % 2 + 64), ">u2").astype(np.uint32)
-    windows = (words[:-1] << np.uint32(16)) | words[1:]
+    padded = data + bytes(-len(data) % 2 + 64)
     out: list[npt.NDArray[np.integer]] = [np.empty(0, np.int8)] * len(lanes.length)
-    for block in _blocks(lanes.length, (lanes.first >= FINE) | (lanes.second >= FINE)):
-        points, ends = _decode_block(windows, 8 * origin[block], lanes.take(block))
-        wrong = np.flatnonzero(((ends + 7) >> 3) != origin[block] + nbytes[block])
-        if len(wrong):
-            raise FormatError(f"stream {block[wrong[0]]} ends at bit {ends[wrong[0]]}, not within its last byte")
-        for lane, row in zip(block.tolist(), points, strict=True):
-            out[lane] = row[: lanes.length[lane]]
+    ends, coarse = np.empty(len(out), np.int64), (lanes.first >= FINE) | (lanes.second >= FINE)
+    fine = np.flatnonzero(~coarse)
+    if native := tans_native.chosen(lanes.length[fine]):
+        some = lanes.take(fine)
+        fields = (8 * origin[fine], _origin(some.first), _origin(some.second), some.split, some.length)
+        rows, ends[fine] = tans_native.decode_fine(np.frombuffer(padded, np.uint8), decoding_table(), fields)
+        for lane, found in zip(fine.tolist(), rows, strict=True):
+            out[lane] = found
+    if not native or coarse.any():
+        words = np.frombuffer(padded, ">u2").astype(np.uint32)
+        windows = (words[:-1] << np.uint32(16)) | words[1:]
+        for block in _blocks(lanes.length, coarse, (True,) if native else (False, True)):
+            points, ends[block] = _decode_block(windows, 8 * origin[block], lanes.take(block))
+            for lane, row in zip(block.tolist(), points, strict=True):
+                out[lane] = row[: lanes.length[lane]]
+    wrong = np.flatnonzero(((ends + 7) >> 3) != origin + nbytes)
+    if len(wrong):
+        raise FormatError(f"stream {wrong[0]} ends at bit {ends[wrong[0]]}, not within its last byte")
     return out
 
 
-def _blocks(length: Ints, coarse: npt.NDArray[np.bool_]) -> list[Ints]:
-    """Group lanes for decoding: fine apart from coarse, longest first."""
+def _blocks(length: Ints, coarse: npt.NDArray[np.bool_], kinds: tuple[bool, ...]) -> list[Ints]:
+    """Group lanes for decoding, longest first: the fine ones, the coarse ones, or both, apart from each other."""
     out = []
-    for kind in (False, True):
+    for kind in kinds:
         lane = np.flatnonzero(coarse == kind)
         lane = lane[np.argsort(-length[lane], kind="stable")]
         out += [lane[i : i + _BLOCK] for i in range(0, len(lane), _BLOCK)]
@@ -206,7 +218,7 @@ def _decode_block(
 
     at = start.astype(np.uint32)
     index = at.astype(np.int64) >> 4
-    x = (windows[index] << (at & 15)) >> (32 - TABLE_BITS)
+    x = (windows.take(index, mode="clip") << (at & 15)) >> (32 - TABLE_BITS)
     at += TABLE_BITS
     state = x.astype(np.int64) + _origin(lanes.first)
     symbol = np.empty((_TILE, count), np.uint8)

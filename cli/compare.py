@@ -11,9 +11,11 @@ import click
 from adaptc.cli.grouping import grouped
 from adaptc.cli.merge import short_names
 from adaptc.cli.options import example, reading, speaking
+from adaptc.cli.plot import check_plot
 from adaptc.cli.reading import open_adapter
 from adaptc.cli.render import Notes, Table, Voice, number
-from adaptc.errors import NeedsError, UsageError
+from adaptc.errors import UsageError
+from adaptc.formats.atomic import staged
 
 if TYPE_CHECKING:
     from adaptc.squeeze.compare import Comparison, Module, Pair
@@ -22,11 +24,12 @@ if TYPE_CHECKING:
 @click.command("compare", epilog=example("adaptc compare style/ subject/ --plot related.png"))
 @click.argument("sources", metavar="IN...", nargs=-1, required=True)
 @click.option("--plot", type=click.Path(), metavar="FILE", help="Draw cosines as heat maps: png, svg or pdf.")
+@click.option("--force", is_flag=True, help="Replace an existing plot.")
 @click.option("--any-base", is_flag=True, help="Compare even if the inputs name different base models.")
 @click.option("--jobs", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads (0: all cores).")
 @reading
 @speaking
-def command(sources: tuple[str, ...], plot: str | None, any_base: bool, jobs: int, alpha: float | None,
+def command(sources: tuple[str, ...], plot: str | None, force: bool, any_base: bool, jobs: int, alpha: float | None,
             dialect: str | None, voice: Voice) -> None:
     """Show how two adapters or more relate, per module and in total, without the base model.
 
@@ -38,14 +41,15 @@ def command(sources: tuple[str, ...], plot: str | None, any_base: bool, jobs: in
 
     if len(sources) < 2:
         raise UsageError(f"compare takes two adapters or more, got {len(sources)}")
+    if plot is not None:
+        check_plot(plot, force)
     adapters = [open_adapter(s, alpha, dialect).adapter for s in sources]
     with voice.progress() as progress:
         found = compare(adapters, short_names(sources), Context(jobs=jobs, progress=progress), any_base)
-    notes = list(found.notes)
     if plot is not None:
-        draw(found, Path(plot))
-        notes.append(f"drew {plot}")
-    voice.show(_data(found), *_blocks(found, voice.verbose), Notes(notes))
+        draw(found, plot, force)
+    last = [f"wrote {plot}"] if plot is not None else []
+    voice.show(_data(found), *_blocks(found, voice.verbose), Notes(found.notes), *last)
 
 
 def _data(found: Comparison) -> dict[str, Any]:
@@ -86,20 +90,16 @@ def _cells(pairs: Sequence[Pair]) -> tuple[str, ...]:
                  for name in ("cosine", "conflict", "shared_output", "shared_input"))
 
 
-def draw(found: Comparison, path: Path) -> None:
-    """Draw two heat maps of cosines: adapter by adapter, module by pair. Raises NeedsError without matplotlib."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as e:
-        raise NeedsError("a plot needs matplotlib", hint="pip install adaptc[plot]") from e
+def draw(found: Comparison, plot: str, force: bool) -> None:
+    """Draw two heat maps of cosines, adapter by adapter and module by pair, whole or not at all."""
+    from matplotlib.figure import Figure
+
     count, pairs = len(found.names), list(found.totals)
     square = [[1.0] * count for _ in range(count)]
     for (i, j), p in found.totals.items():
         square[i][j] = square[j][i] = p.cosine
     lines = [[m.pairs[p].cosine if p in m.pairs else float("nan") for p in pairs] for m in found.modules]
     figure = Figure(figsize=(4 + 0.5 * count + 0.4 * len(pairs), max(3.5, min(0.14 * len(lines) + 1.5, 60))))
-    FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(count, max(len(pairs), 2)))
     found_ones = [abs(p.cosine) for m in found.modules for p in m.pairs.values()]
     limit = max([0.1, *found_ones])  # unrelated adapters would all be white on a scale of -1 to 1
@@ -116,10 +116,8 @@ def draw(found: Comparison, path: Path) -> None:
     right.set_title("by module", fontsize=8)
     figure.colorbar(image, ax=right, fraction=0.1)
     figure.tight_layout()
-    try:
-        figure.savefig(path, dpi=150)
-    except (ValueError, OSError) as e:
-        raise UsageError(f"plot {path} cannot be written: {str(e).splitlines()[0]}") from e
+    with staged(Path(plot), force=force) as temp:
+        figure.savefig(temp, dpi=150)
 
 
 def _short(module: Module) -> str:

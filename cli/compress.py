@@ -55,7 +55,8 @@ def command(source: str, output: str | None, bits: float | None, to: str | None,
     from adaptc.cli.account import account
     from adaptc.cli.reading import about, open_adapter, open_base
     from adaptc.cli.writing import target
-    from adaptc.passes import Context, Pipeline
+    from adaptc.passes import Context
+    from adaptc.pipeline import Pipeline
     from adaptc.spec import build
 
     wanted = {k: v for k, v in given.items() if v not in (None, ())}

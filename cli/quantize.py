@@ -50,7 +50,8 @@ def command(source: str, output: str | None, dry_run: bool, bits: float | None, 
     from adaptc.cli.reading import about, open_adapter, open_base, open_calibration
     from adaptc.cli.writing import target
     from adaptc.fingerprint import stamped
-    from adaptc.passes import Context, Pipeline
+    from adaptc.passes import Context
+    from adaptc.pipeline import Pipeline
     from adaptc.spec import build
 
     picks = {k: v for k, v in (("include", include), ("exclude", exclude)) if v}

@@ -15,7 +15,7 @@ from adaptc.cli.render import Voice
 @click.argument("recipe", metavar="SPEC|RECIPE.toml")
 @input_argument()
 @click.argument("output", metavar="OUT", type=click.Path())
-@click.option("--to", metavar="ID", help="Write in this dialect instead of that of IN.")
+@click.option("--to", metavar="ID", help="Write in this dialect; that of IN by default, a container for codes.")
 @click.option("--dry-run", is_flag=True, help="Do everything but write.")
 @reading
 @working
@@ -37,7 +37,7 @@ def command(recipe: str, source: str, output: str, to: str | None, dry_run: bool
 
     pipeline = read_recipe(recipe)
     opened = open_adapter(source, alpha, dialect)
-    place = target(opened, output, "", to, force)
+    place = target(opened, output, "", to or pipeline.container or None, force)
     ctx = Context(open_base(base), jobs=jobs, device=device, size_of=place.size_of)
     with voice.progress() as progress, about(source):
         outcome = pipeline(opened.adapter, replace(ctx, progress=progress))

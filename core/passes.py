@@ -1,4 +1,4 @@
-"""Pass, Join, Pipeline: pure functions on adapters, with a contract, a spec and a measured report."""
+"""Pass and Join: pure functions on adapters, with a contract, a spec and a measured report."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, fields, replace
 from enum import Enum
 from fnmatch import fnmatch
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -19,7 +19,7 @@ from adaptc.adapter import Adapter, Step
 from adaptc.delta import Delta, LowRank, kind
 from adaptc.errors import AdaptcError, FormatError, LossError, NeedsError, UsageError
 from adaptc.measure import relative_error
-from adaptc.report import Row, compare, energy_of, rank_of, total_error, untouched
+from adaptc.report import Row, energy_of, rank_of, total_error, untouched
 from adaptc.spec import print_spec
 
 if TYPE_CHECKING:
@@ -100,6 +100,7 @@ class Pass(ABC):
 
     name: ClassVar[str]
     needs: ClassVar[frozenset[Need]] = frozenset()
+    container: ClassVar[str] = ""  # the dialect that holds what this pass makes, where the adapter's own cannot
     include: tuple[str, ...] = ()
     exclude: tuple[str, ...] = ()
 
@@ -116,8 +117,8 @@ class Pass(ABC):
         """Return what becomes of one delta; pure."""
 
     def finish(self, before: Adapter, after: Adapter) -> Adapter:
-        """Return the adapter after everything that is not per module; the default changes nothing."""
-        return after
+        """Return the adapter after everything that is not per module: marked for its container, where it has one."""
+        return replace(after, origin=replace(after.origin, container=self.container)) if self.container else after
 
     def remarks(self, before: Adapter, after: Adapter) -> tuple[str, ...]:
         """Return facts about the result that belong in its report, one clause each."""
@@ -206,68 +207,6 @@ class Join(ABC):
 
     def __str__(self) -> str:
         return _spec(self)
-
-
-@dataclass(frozen=True)
-class Pipeline:
-    """Passes one after another; itself a pass. Rows compare the first input with the last output.
-
-    The first step may be a Join: then the pipeline takes several adapters, and rows compare with what was joined.
-    """
-
-    steps: tuple[Pass | Join, ...] = field(default_factory=tuple)
-    name: ClassVar[str] = "pipeline"
-
-    def __post_init__(self) -> None:
-        for step in self.steps[1:]:
-            if isinstance(step, Join):
-                raise UsageError(f"{step.name} takes several adapters, so it must be the first step")
-
-    def __call__(self, adapter: Adapter | Sequence[Adapter], ctx: Context | None = None) -> Outcome:
-        """Run every step. A failure names what ran before it."""
-        if self.steps and isinstance(self.steps[0], Join):
-            return self._joined([adapter] if isinstance(adapter, Adapter) else adapter, ctx)
-        if not isinstance(adapter, Adapter):
-            if len(adapter) != 1:
-                raise UsageError(f"{len(adapter)} adapters for passes that take one", hint="merge comes first")
-            adapter = adapter[0]
-        now = adapter
-        done: list[str] = []
-        rows: dict[str, Row] = {}
-        notes: list[str] = []
-        for step in self.steps:
-            assert isinstance(step, Pass)
-            try:
-                outcome = step(now, ctx)
-            except AdaptcError as e:
-                ran = f" (after {', '.join(done)})" if done else ""
-                raise located(e, f"{e}{ran}") from e
-            now = outcome.adapter
-            done.append(str(step))
-            notes += outcome.notes
-            rows |= {r.key: r for r in outcome.rows}
-        if len(self.steps) > 1:
-            keys, context = list(adapter.deltas), ctx or Context()
-            with one_blas_thread():
-                compared = run(lambda k: compare(k, adapter.deltas[k], now.deltas.get(k)), keys, context, "error")
-            rows = dict(zip(keys, compared, strict=True))
-        return Outcome(now, tuple(rows.values()), tuple(notes))
-
-    def _joined(self, adapters: Sequence[Adapter], ctx: Context | None) -> Outcome:
-        join = self.steps[0]
-        assert isinstance(join, Join)
-        first = join(adapters, ctx)
-        if len(self.steps) == 1:
-            return first
-        try:
-            rest = Pipeline(self.steps[1:])(first.adapter, ctx)
-        except AdaptcError as e:
-            raise located(e, f"{e} (after {join})") from e
-        said = f"errors count from what {join.name} made, itself {first.error:.3g} from the weighted sum"
-        return Outcome(rest.adapter, rest.rows, (said, *first.notes, *rest.notes))
-
-    def __str__(self) -> str:
-        return ",".join(map(str, self.steps))
 
 
 @contextmanager

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from adaptc.errors import AdaptcError, FormatError, UsageError
-from adaptc.passes import Context, Pipeline, located
+from adaptc.passes import Context, located
+from adaptc.pipeline import Pipeline
 from adaptc.spec import build, parse
 
 if sys.version_info >= (3, 11):

@@ -47,6 +47,7 @@ class Quantize(Pass):
     """
 
     name: ClassVar[str] = "quantize"
+    container: ClassVar[str] = "adaptc"
     bits: float | None = None
     max_error: float | None = None
     size: int | None = field(default=None, metadata={"unit": "bytes"})
@@ -149,10 +150,6 @@ class Quantize(Pass):
             config["group"] = self.group
         made: Encoded = CODECS.get(self.method).encode(factor, **config)
         return made
-
-    def finish(self, before: Adapter, after: Adapter) -> Adapter:
-        """Return the adapter marked to be written as a container."""
-        return replace(after, origin=replace(after.origin, container="adaptc"))
 
     def remarks(self, before: Adapter, after: Adapter) -> tuple[str, ...]:
         """Return what the trivial schemes make of the same deltas: truncation + NF4 at the same bytes, sign * mean."""

@@ -17,12 +17,14 @@ from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsB
 from adaptc.errors import FormatError, UsageError
 from adaptc.factor import decoded
 from adaptc.lowrank import low_rank
+from adaptc.measure import relative_error
 from adaptc.passes import Change, Context, Pass, run
 from adaptc.squeeze import budget, dora
 from adaptc.squeeze.factored import Core, core_svd, truncate
 from adaptc.squeeze.rsvd import core_rsvd, rsvd
 
 Factors: TypeAlias = tuple[Tensor, Tensor, Tensor | None, float]
+_ROUNDING = 1e-6  # max_error promises no more than fp32 factors can hold
 DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 
@@ -159,20 +161,37 @@ class Truncate(Pass):
             return self._dora(key, delta, setting)
         if isinstance(delta, LowRank) and (setting.rank is None or setting.rank >= delta.rank) and delta.core is None:
             kept = self._cast(delta)
-            return Change(kept, 0.0) if kept is delta else Change(kept, note="cast")
+            if kept is delta:
+                return Change(kept, 0.0)
+            error = relative_error(delta, kept)
+            self._refuse(error)
+            return Change(kept, error, "cast")
         if setting.rank is None:
             return Change(delta, 0.0, "only low-rank factors are cast")
         b, a, middle, scale = factors = _factors(delta, setting.device, setting.rank, self)
         core = setting.core or self._core(factors, setting.rank)
         k = min(setting.rank, core.s.shape[-1])
         made = truncate(b, a, k, middle=middle, scale=scale, dtype=self._dtype(delta), core=core)
+        while not self._within(made.error) and k < core.s.shape[-1]:  # the cast cost more than the spectrum left over
+            k = self._fit(k + 1, delta) or k + 1
+            made = truncate(b, a, k, middle=middle, scale=scale, dtype=self._dtype(delta), core=core)
+        self._refuse(made.error)
         after = LowRank(_storable(made.a), _storable(made.b), None, 1.0, delta.shape)
         error, energy = made.error, core.energy
         if setting.core is None and self.method == "rsvd" and low_rank(delta) is None:
             error, energy = _dense_error(delta, after)
         if not isinstance(delta, LowRank) and after.nbytes >= delta.nbytes:
-            return Change(delta, 0.0, f"kept as it is: rank {k} would take {after.nbytes} bytes", energy)
+            return Change(delta, 0.0, f"kept as it is: rank {k} factors would be larger", energy)
         return Change(after, error, energy=energy)
+
+    def _within(self, error: float) -> bool:
+        return self.max_error is None or error <= self.max_error + _ROUNDING
+
+    def _refuse(self, error: float) -> None:
+        """Raise UsageError where a cast alone is past `max_error`."""
+        if not self._within(error):
+            raise UsageError(f"error {error:.3g} at full rank is above max_error {self.max_error:g}, the dtype is too "
+                             f"narrow", hint="a wider --dtype, or a larger --max-error")
 
     def _dora(self, key: str, delta: NeedsBase, setting: Setting) -> Change:
         assert isinstance(delta.inner, LowRank)

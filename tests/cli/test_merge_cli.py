@@ -128,14 +128,19 @@ def test_compare_as_table_json_and_plot(pair, tmp_path, capsys) -> None:
     plot = tmp_path / "map.png"
     assert main(["compare", *pair, pair[0], "--plot", str(plot)]) == 0
     assert plot.read_bytes()[:4] == b"\x89PNG"
+    before = plot.read_bytes()
+    assert main(["compare", *pair, "--plot", str(plot)]) == 2
+    assert plot.read_bytes() == before
+    assert main(["compare", *pair, "--plot", str(plot), "--force"]) == 0
+    assert plot.read_bytes() != before
     assert main(["compare", *pair, "--plot", str(tmp_path / "map.xyz")]) == 2
     assert main(["compare", pair[0]]) == 2
 
 
 def test_a_plot_without_matplotlib_says_what_to_install(pair, tmp_path, capsys, monkeypatch) -> None:
-    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
-    assert main(["compare", *pair, "--plot", str(tmp_path / "map.png")]) == 1
-    assert "pip install adaptc[plot]" in capsys.readouterr().err
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    assert main(["compare", *pair, "--plot", str(tmp_path / "map.png")]) == 2
+    assert "pip install 'adaptc[plot]'" in capsys.readouterr().err
 
 
 def test_short_names_and_inline_weights(tmp_path) -> None:

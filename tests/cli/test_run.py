@@ -48,6 +48,17 @@ def test_report_compares_the_first_input_with_the_last_output(adaptc, adapter):
         assert module["rank"] == {"before": 8, "after": 2}
 
 
+def test_codes_are_written_as_a_container_and_their_notes_say_from_where(adaptc, adapter):
+    said = adaptc("run", "truncate{rank=4},quantize{bits=2}", adapter, "out", "--json")
+    assert said.data["dialect"]["output"] == "adaptc"
+    assert adaptc("verify", "out").code == 0
+    first = library.run(library.load(adapter), "truncate{rank=4}")
+    own = library.diff(first, library.load("out")).error
+    assert f"quantize starts from what ran before it and is {own:.3g} away from that" in said.data["notes"][0]
+    plain = adaptc("run", "truncate{rank=4},quantize{bits=2}", adapter, "plain", "--to", "peft", "--json")
+    assert plain.data["dialect"]["output"] == "peft"
+
+
 @pytest.mark.parametrize(("text", "code", "said"), [
     ("[[step]]\nrank = 8", 1, "step 1 has no pass"),
     ("[[step]]\npass = 'truncate'\nrnk = 8", 2, "step 1: truncate has no option rnk"),

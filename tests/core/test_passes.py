@@ -13,7 +13,8 @@ import torch
 from adaptc.adapter import Adapter, Origin, same, tensors
 from adaptc.delta import Delta, LowRank, Sparse
 from adaptc.errors import FormatError, LossError, NeedsError, UsageError
-from adaptc.passes import Change, Context, Need, Pass, Pipeline, located, one_blas_thread, run
+from adaptc.passes import Change, Context, Need, Pass, located, one_blas_thread, run
+from adaptc.pipeline import Pipeline
 from adaptc.report import compare, total_error
 
 

@@ -11,7 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from adaptc.errors import UsageError
-from adaptc.passes import Change, Pass, Pipeline
+from adaptc.passes import Change, Pass
+from adaptc.pipeline import Pipeline
 from adaptc.registry import PASSES
 from adaptc.spec import build, parse
 from adaptc.squeeze.truncate import Truncate

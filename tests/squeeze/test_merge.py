@@ -15,7 +15,8 @@ from adaptc.adapter import Adapter, same
 from adaptc.delta import Dense, Hadamard, Kron, LowRank, NeedsBase, Sparse
 from adaptc.errors import AdaptcError, FormatError, NeedsError, UnsupportedError, UsageError
 from adaptc.formats import size_of
-from adaptc.passes import Context, Pipeline
+from adaptc.passes import Context
+from adaptc.pipeline import Pipeline
 from adaptc.squeeze.merge import Merge
 from adaptc.squeeze.method import MERGES
 from adaptc.squeeze.truncate import Truncate

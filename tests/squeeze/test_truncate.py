@@ -91,6 +91,16 @@ def test_max_error_holds_and_is_tight(error: float) -> None:
         assert best(delta, row.rank_after - 1) > error
 
 
+def test_max_error_counts_the_cast() -> None:
+    delta = pair(decay=0.5)
+    edge = best(delta, 6) * 1.0001  # the spectrum allows rank 6, casting to bf16 adds more than a ten-thousandth
+    row = run(adapter(q=delta), max_error=edge, dtype="bf16").rows[0]
+    assert row.rank_after == 7
+    assert row.error <= edge
+    with pytest.raises(UsageError, match=r"q\.weight: error 0\.00\d+ at full rank is above max_error 0\.0001"):
+        run(adapter(q=delta), max_error=1e-4, dtype="bf16")
+
+
 def test_minimal_ranks_have_no_one_too_many() -> None:
     s = torch.tensor([4.0, 2.0, 1.0, 0.5], dtype=torch.float64)
     share = torch.cumsum(s.square(), 0) / s.square().sum()

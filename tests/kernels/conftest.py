@@ -15,8 +15,12 @@ BOUND = {torch.float32: 1e-5, torch.bfloat16: 1e-2, torch.float16: 1e-2}
 
 
 @pytest.fixture(autouse=True)
-def seeded() -> None:
+def fresh() -> None:
+    """Give every test its own random stream and its own gates: a test that died in a kernel must not stop the next."""
+    from adaptc.kernels import device
+
     torch.manual_seed(7)
+    device._SCRATCH.clear()
 
 
 @pytest.fixture

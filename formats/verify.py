@@ -32,12 +32,16 @@ class Verified:
 def verify(source: Source, adapter: Adapter, base: Base | None) -> Verified:
     """Check every checksum, every decoded value, and the base fingerprint where one is stored.
 
-    Raises FormatError for damage or for a base with other weights, UnsupportedError for a file that is no container.
+    Raises FormatError for damage, for a file that ends early (which reads as a smaller adapter), or for a base with
+    other weights, UnsupportedError for a file that is no container.
     """
     if adapter.origin.container != "adaptc" or not isinstance(source.payload, TensorFile):
         raise UnsupportedError(f"{source.file.name} is no adaptc container", hint="adaptc inspect checks any adapter")
     manifest = manifest_of(source.payload)
     checked = check_sums(source.payload, manifest, None)
+    if checked < len(source.payload):
+        raise FormatError(f"{source.file.name} ends early, {checked} of {len(source.payload)} tensors are whole",
+                          hint="adaptc convert --to adaptc makes a whole file of the smaller adapter that is there")
     for key, delta in adapter.deltas.items():
         for name, t in _values(delta):
             _finite(key, name, t)

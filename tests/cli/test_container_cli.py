@@ -206,6 +206,9 @@ def test_plain_factors_are_boxed_and_cut_too(adaptc, adapter):
     Path("short.adaptc.safetensors").write_bytes(Path("whole.adaptc.safetensors").read_bytes()[:-1500])
     said = adaptc("convert", "short.adaptc.safetensors", "mended.adaptc.safetensors", "--to", "adaptc")
     assert said.code == 0
+    said = adaptc("verify", "short.adaptc.safetensors")
+    assert said.code == 1
+    assert "ends early, " in said.err
     assert adaptc("verify", "mended.adaptc.safetensors").code == 0
     short, mended = dense("short.adaptc.safetensors"), dense("mended.adaptc.safetensors")
     assert all(torch.equal(short[k], mended[k]) for k in short)

@@ -81,10 +81,7 @@ def command(sources: tuple[str, ...], output: str, weights: str | None, heads: s
     if heads is not None and heads in paths:
         heads = names[paths.index(heads)]
     step = Merge(weights=chosen, heads=heads, names=names, **{k: v for k, v in given.items() if v is not None})
-    first = opened[0]
-    history = tuple(s for p in opened for s in p.adapter.history)
-    several = Several(" + ".join(names), first.source, first.format, first.evidence,
-                      replace(first.adapter, history=history), opened)
+    several = together(opened, names)
     place = target(several, output, "merged", to, force)
     with voice.progress() as progress:
         ctx = Context(open_base(base), jobs=jobs, device=device, progress=progress, size_of=place.size_of)
@@ -92,6 +89,13 @@ def command(sources: tuple[str, ...], output: str, weights: str | None, heads: s
     losses = place.losses(outcome.adapter, allow_loss)
     nbytes = place.size_of(outcome.adapter) if dry_run else place.write(outcome.adapter)
     account(voice, several, outcome, place, nbytes, not dry_run, losses)
+
+
+def together(opened: tuple[Opened, ...], names: tuple[str, ...]) -> Several:
+    """Return several opened adapters as one input for reports: the first one's dialect, everyone's history."""
+    first, history = opened[0], tuple(s for p in opened for s in p.adapter.history)
+    return Several(" + ".join(names), first.source, first.format, first.evidence,
+                   replace(first.adapter, history=history), opened)
 
 
 def split_weights(sources: tuple[str, ...]) -> tuple[tuple[str, ...], tuple[float, ...] | None]:

@@ -109,3 +109,18 @@ def test_convert_keeps_every_bit(adaptc, adapter):
     assert said.data["losses"] == []
     assert same(library.load("copy"), library.load(adapter))
     assert adaptc("convert", adapter, "copy", "--to", "peft").code == 2
+
+
+def test_a_recipe_may_begin_with_a_merge(adaptc, make):
+    adapter, other = make("adapter"), make("other", seed=5)
+    spec = "merge{heads=drop},truncate{rank=2}"
+    said = adaptc("run", spec, adapter, other, "both", "--json")
+    assert said.code == 0, said.err
+    expected = library.run([library.load(adapter), library.load(other)], spec)
+    written = library.load("both")
+    assert set(written.deltas) == set(expected.deltas)
+    for key, delta in expected.deltas.items():
+        assert torch.equal(written.deltas[key].b, delta.b)
+    said = adaptc("run", "truncate{rank=2}", adapter, other, "neither")
+    assert said.code == 2
+    assert "2 adapters for passes that take one" in said.err

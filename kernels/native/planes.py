@@ -176,7 +176,8 @@ exit:
 """
 
 EXPAND = f"""
-define internal void @expand(ptr noalias %g, ptr noalias %p, ptr noalias %y, i64 %rows, i64 %ldy, i64 %tp, i64 %lo, i64 %hi) {{
+define internal void @expand(ptr noalias %g, ptr noalias %p, ptr noalias %y, i64 %rows, i64 %ldy, i64 %tp,
+                             i64 %lo, i64 %hi) {{
 entry:
   %ldg = add i64 %tp, 1
   %wide = icmp slt i64 %lo, %hi

@@ -34,7 +34,7 @@ test: $(VENV)/test  ## run the tests (no GPU, no downloads)
 check: $(VENV)/dev  ## lint, types, a minute of fuzzing
 	$(VENV)/bin/ruff check .
 	rm -rf build/types && mkdir -p build/types/adaptc
-	ln -s $(CURDIR)/core/* $(foreach d,squeeze quant prune kernels formats cli,$(CURDIR)/$(d)) build/types/adaptc/
+	ln -s $(CURDIR)/core/* $(foreach d,squeeze quant prune kernels formats evidence cli,$(CURDIR)/$(d)) build/types/adaptc/
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --strict --config-file $(CURDIR)/pyproject.toml adaptc
 	$(PY) tests/fuzz_container.py 60
 

@@ -53,7 +53,7 @@ def windows(rows: list[Row], tokenizer: Any, length: int) -> list[Tensor]:
     out: list[Tensor] = []
     for row in rows:
         ids = torch.tensor(tokenizer(row.text)["input_ids"], dtype=torch.long)
-        out += [w for w in ids.split(length) if w.numel() > 1]
+        out += [w for w in torch.split(ids, length) if w.numel() > 1]
     return out
 
 

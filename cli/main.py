@@ -15,7 +15,8 @@ from adaptc import __version__
 from adaptc.cli.options import example
 from adaptc.errors import AdaptcError, LossError, one_line
 
-COMMANDS = ("compress", "quantize", "merge", "compare", "inspect", "diff", "convert", "run", "decode", "verify")
+COMMANDS = ("compress", "quantize", "merge", "compare", "inspect", "diff", "convert", "export", "run",
+            "decode", "verify")
 INTERRUPTED, BUG = 130, 70
 
 

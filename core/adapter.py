@@ -128,7 +128,7 @@ def same(x: Adapter, y: Adapter) -> bool:
         tx, ty = tensors(dx), tensors(dy)
         if type(dx) is not type(dy) or dx.shape != dy.shape or set(tx) != set(ty):
             return False
-        if getattr(dx, "scale", None) != getattr(dy, "scale", None):
+        if any(getattr(dx, name, None) != getattr(dy, name, None) for name in ("scale", "transform")):
             return False
         if not all(tx[k].dtype == ty[k].dtype and torch.equal(tx[k], ty[k]) for k in tx):
             return False

@@ -17,6 +17,7 @@ from torch import Tensor
 from adaptc.coded import Coded
 from adaptc.errors import NeedsError
 from adaptc.factor import Factor, decoded, describe
+from adaptc.spectral import Spectral
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -251,9 +252,9 @@ class NeedsBase:
         return f"NeedsBase({self.kind}, {self.shape}, {parts}, inner={self.inner!r})"
 
 
-BaseFree: TypeAlias = LowRank | Dense | Kron | Hadamard | Sparse | Sum | Coded
+BaseFree: TypeAlias = LowRank | Dense | Kron | Hadamard | Sparse | Spectral | Sum | Coded
 Delta: TypeAlias = BaseFree | NeedsBase
-KINDS: tuple[type, ...] = (LowRank, Dense, Kron, Hadamard, Sparse, Sum, Coded, NeedsBase)
+KINDS: tuple[type, ...] = (LowRank, Dense, Kron, Hadamard, Sparse, Spectral, Sum, Coded, NeedsBase)
 
 
 def kind(delta: Delta) -> str:

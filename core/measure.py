@@ -10,6 +10,7 @@ from torch import Tensor
 from adaptc.delta import BaseFree, Delta, NeedsBase, Sparse
 from adaptc.errors import FormatError
 from adaptc.lowrank import low_rank
+from adaptc.spectral import Spectral
 
 # Below this share of ||dW||^2 the Gram form of ||x - y||^2 has lost its digits to cancellation; QR keeps them.
 _CANCELLED = 1e-9
@@ -33,7 +34,7 @@ def distance2(x: Delta, y: Delta | None) -> float:
     if math.prod(dx.shape) != math.prod(dy.shape) or dx.shape[0] != dy.shape[0]:
         raise FormatError(f"deltas have shapes {dx.shape} and {dy.shape}")
     lx, ly = low_rank(dx), low_rank(dy)
-    if isinstance(dx, Sparse) and isinstance(dy, Sparse):
+    if isinstance(dx, Sparse | Spectral) and isinstance(dy, Sparse | Spectral) and _basis(dx) == _basis(dy):
         return _sparse_distance2(dx, dy)
     if lx is None or ly is None:
         return float((dx.dense().reshape(-1) - dy.dense().reshape(-1)).square().sum())
@@ -54,7 +55,7 @@ def _free(delta: Delta | None) -> BaseFree | None:
 
 
 def _norm2(delta: BaseFree) -> float:
-    if isinstance(delta, Sparse):
+    if isinstance(delta, Sparse | Spectral):
         return float((delta.values.double() * delta.scale).square().sum())
     factors = low_rank(delta)
     if factors is None:
@@ -62,8 +63,12 @@ def _norm2(delta: BaseFree) -> float:
     return _product_norm2(*factors.factors(), reference=0.0)
 
 
-def _sparse_distance2(x: Sparse, y: Sparse) -> float:
-    """Return ||dW_x - dW_y||_F^2 over the entries that either stores."""
+def _basis(delta: Sparse | Spectral) -> str:
+    return delta.transform if isinstance(delta, Spectral) else ""
+
+
+def _sparse_distance2(x: Sparse | Spectral, y: Sparse | Spectral) -> float:
+    """Return ||dW_x - dW_y||_F^2 over the entries that either stores, in one orthonormal basis."""
     at, where = torch.unique(torch.cat([x.indices, y.indices]), return_inverse=True)
     both = torch.cat([x.values.double() * x.scale, y.values.double() * -y.scale])
     return float(torch.zeros(len(at), dtype=torch.float64).index_add_(0, where, both).square().sum())

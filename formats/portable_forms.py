@@ -19,6 +19,7 @@ from adaptc.formats.peft_codecs import check_places
 from adaptc.formats.portable_write import FACTORS, PARTS
 from adaptc.registry import CODECS
 from adaptc.resolve import RESOLVERS
+from adaptc.spectral import Spectral
 from adaptc.tensorfile import DTYPES
 
 # Beyond every model there is, and small enough that no form of a few bytes asks for all the memory.
@@ -27,7 +28,8 @@ MAX_ENTRIES = 2**36  # of a parameter: 384 experts of 4096 x 7168 have 2^33.4
 MAX_DECODED = 2**30  # of a factor stored as codes
 MAX_DEPTH = 4  # of forms in forms
 _FIELDS = {kind: {"kind", "shape", *more} for kind, more in {
-    **FACTORS, **PARTS, "coded": (), "needsbase": ("name", "config", "tensors", "inner")}.items()}
+    **FACTORS, **PARTS, "spectral": (*FACTORS["spectral"], "transform"), "coded": (),
+    "needsbase": ("name", "config", "tensors", "inner")}.items()}
 
 
 def read_shape(value: Any, *, empty: bool = False) -> tuple[int, ...]:
@@ -100,11 +102,11 @@ class _Module:
                     raise FormatError(f"dense delta of shape {shape} has a weight of shape {tuple(weight.shape)}")
                 return Dense(weight, scale, shape)
             case "sparse":
-                indices, values = self._tensor(form["indices"]), _floats(self._tensor(form["values"]))
-                check_places(indices, values, shape)
-                if bool((indices[1:] < indices[:-1]).any()):
-                    raise FormatError("indices of a sparse delta are not sorted")
-                return Sparse(indices, values, scale, shape)
+                return Sparse(*self._entries(form, shape), scale, shape)
+            case "spectral":
+                spectral = Spectral(*self._entries(form, shape), str(form["transform"]), scale, shape)
+                spectral.basis()  # refuses a transform that this width has not
+                return spectral
             case "kron":
                 left, right = (self._part(form[side], depth, LowRank, Dense) for side in ("left", "right"))
                 made = left.shape[0] * right.shape[0], _columns(left.shape) * _columns(right.shape)
@@ -124,6 +126,14 @@ class _Module:
                 if any(p.shape != shape for p in parts):
                     raise FormatError(f"sum of shape {shape} has terms of other shapes")
                 return Sum(parts, shape)
+
+    def _entries(self, form: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+        """Return rising flat indices and the values there."""
+        indices, values = self._tensor(form["indices"]), _floats(self._tensor(form["values"]))
+        check_places(indices, values, shape)
+        if bool((indices[1:] < indices[:-1]).any()):
+            raise FormatError("indices of a sparse delta are not sorted")
+        return indices, values
 
     def _needs_base(self, form: Mapping[str, Any], depth: int) -> NeedsBase:
         name, config, tensors = form["name"], form["config"], form["tensors"]
@@ -181,7 +191,7 @@ class _Module:
         return Encoded(str(value["codec"]), config, streams, torch.Size(shape), dtype)
 
 
-_FREE = (LowRank, Dense, Kron, Hadamard, Sparse, Sum, Coded)
+_FREE = (LowRank, Dense, Kron, Hadamard, Sparse, Spectral, Sum, Coded)
 
 
 def checked(d: LowRank) -> LowRank:

@@ -26,7 +26,8 @@ from adaptc.tensorfile import NAMES
 
 VERSION = 1
 # Fields of each delta kind that hold a tensor or codes, and those that hold another delta.
-FACTORS = {"lowrank": ("a", "b", "core"), "dense": ("weight",), "sparse": ("indices", "values")}
+FACTORS = {"lowrank": ("a", "b", "core"), "dense": ("weight",), "sparse": ("indices", "values"),
+           "spectral": ("indices", "values")}
 PARTS = {"kron": ("left", "right"), "hadamard": ("left", "right"), "sum": ("terms",), "needsbase": ("inner",)}
 
 
@@ -128,6 +129,8 @@ def describe(d: Delta, held: list[Tensor], scales: list[float]) -> dict[str, Any
             raise UnsupportedError(f"{d!r} has no finite scale")
         form["scale"] = len(scales)
         scales.append(float(d.scale))
+    if kind == "spectral":
+        form["transform"] = d.transform  # type: ignore[union-attr]
     for name in FACTORS.get(kind, ()):
         value = getattr(d, name)
         if isinstance(value, Tensor):

@@ -79,7 +79,7 @@ def main() -> None:
     for m in (1, 8):
         x, y = torch.randn(m, N), torch.zeros(m, N)
         for a in adapters:
-            linear.masks(a)
+            linear.prepare(a)
         for name, count in (("hot", 1), ("cold", 224)):
             ours = record(
                 f"1-bit adapter, native, {name}", m, clock([partial(lora, a, x, y) for a in adapters[:count]])

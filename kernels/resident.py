@@ -8,7 +8,8 @@ one float32 matrix: dW = P M Q = Sp C^T Sq with Sp (m, tp), Sq (tq, n) in {-1, +
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -32,6 +33,7 @@ class Resident:
     p: Tensor
     core: Tensor
     rank: int
+    native: Any = field(default=None, init=False, repr=False)  # the CPU's own layout, made at its first product
 
     @property
     def packed(self) -> bool:
@@ -47,6 +49,10 @@ class Resident:
     def nbytes(self) -> int:
         """Bytes that a product with this delta must read."""
         return self.q.nbytes + self.p.nbytes + self.core.nbytes
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """Copy and pickle the tensors alone: `native` holds addresses."""
+        return Resident, (self.q, self.p, self.core, self.rank)
 
     def to(self, device: torch.device | str) -> Resident:
         """Return the same delta on another device."""

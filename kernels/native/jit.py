@@ -34,7 +34,7 @@ def module_text(code: str, target: str) -> str:
     """Return the IR of every function for one 4-bit code."""
     table = NF4 if code == "nf4" else INT4
     return "\n".join(
-        (emit.lookup(table, target), *(emit.gemv(rows) for rows in ROWS), emit.DEQUANT, planes.TEXT, emit.DECLARE)
+        (emit.lookup(table, target), *map(emit.gemv, ROWS), emit.DEQUANT, planes.text(target), emit.DECLARE)
     )
 
 
@@ -70,7 +70,7 @@ def native(target: str | None = None) -> Native:
         for rows in ROWS:
             gemv[code, rows] = _function(engine, f"gemv{rows}", [*pointers, *sizes])
         dequant[code] = _function(engine, "dequant", [*[ctypes.c_void_p] * 3, ctypes.c_int64])
-    adapter = _function(engines[0], "adapter", [*[ctypes.c_void_p] * 5, ctypes.c_float, *[ctypes.c_int64] * 7])
+    adapter = _function(engines[0], "ready", [*[ctypes.c_void_p] * 3, ctypes.c_float, *[ctypes.c_int64] * 3])
     return Native(chosen, gemv, dequant, adapter, tuple(engines))
 
 

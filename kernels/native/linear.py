@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import ctypes
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
 from functools import cache
 from itertools import pairwise
+from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
 
 from adaptc.kernels.native.jit import ROWS, Native, native
+from adaptc.kernels.native.planes import tabled
 from adaptc.kernels.resident import Resident, unpack_words
 from adaptc.kernels.weight import BLOCK, Weight
 
@@ -53,33 +56,62 @@ def base(x: Tensor, weight: Weight) -> Tensor:
 
 def add_adapter(x: Tensor, adapter: Resident, scale: float, y: Tensor) -> Tensor:
     """y + scale * dW x; in place where y's rows are a multiple of 16 floats apart, as `base` makes them."""
-    if not adapter.packed:
-        q, p = adapter.q.float(), adapter.p.float()
-        return y.addmm_((x @ q.t()) @ adapter.core, p, alpha=scale)
-    (tq, tp), (m, n) = adapter.core.shape, adapter.shape
-    groups, ldy = -(-m // 16), y.stride(0)
-    room = y if ldy % 16 == 0 and ldy >= m else torch.zeros(x.shape[0], groups * 16)
-    native().adapter(
-        x.data_ptr(), adapter.q.data_ptr(), adapter.core.data_ptr(), masks(adapter).data_ptr(), room.data_ptr(), scale,
-        x.shape[0], x.stride(0), n, tq, tp, room.stride(0), groups,
+    ready: Ready | None = adapter.native
+    if ready is None:
+        if not adapter.packed:
+            q, p = adapter.q.float(), adapter.p.float()
+            return y.addmm_((x @ q.t()) @ adapter.core, p, alpha=scale)
+        ready = prepare(adapter)
+    ldy, _ = y.stride()  # every call into torch costs a tenth of a microsecond, some of them four
+    if ldy % 16 or ldy < ready.width:
+        room = torch.zeros(x.shape[0], ready.width)
+        return y + add_adapter(x, adapter, scale, room)[:, : adapter.shape[0]]
+    ready.call(ready.address, x.data_ptr(), y.data_ptr(), scale, x.shape[0], x.stride()[0], ldy)
+    return y
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Ready:
+    """What one adapter's native call needs besides x and y: the function, and a block of pointers and sizes.
+
+    signs: p for 16 outputs at a time, by nibbles or by words as the target reads them. `width` is ceil(m / 16) * 16.
+    """
+
+    call: Any
+    address: int
+    width: int
+    signs: Tensor
+    block: Any  # owns the memory at `address`
+
+
+def prepare(adapter: Resident) -> Ready:
+    """Lay a packed adapter out for the native call, once: kept with the adapter."""
+    code = native()
+    tp, m = adapter.core.shape[1], adapter.shape[0]
+    groups = -(-m // 16)
+    bits = torch.zeros(tp, groups * 16, dtype=torch.int32)
+    bits[:, :m] = unpack_words(adapter.p) > 0
+    signs = (nibbles if tabled(code.target) else words)(bits)
+    block = (ctypes.c_int64 * 7)(
+        adapter.q.data_ptr(), adapter.core.data_ptr(), signs.data_ptr(),
+        adapter.shape[1], adapter.core.shape[0], tp, groups,
     )  # fmt: skip
-    return y if room is y else y + room[:, :m]
+    ready = Ready(code.adapter, ctypes.addressof(block), groups * 16, signs, block)
+    object.__setattr__(adapter, "native", ready)
+    return ready
 
 
-_MASKS = WeakTensorKeyDictionary()
+def words(bits: Tensor) -> Tensor:
+    """Lay bits (tp, 16 j) out as (j, tp) int16: bit i is output i of the sixteen."""
+    by_group = bits.view(bits.shape[0], -1, 16)
+    return (by_group << torch.arange(16, dtype=torch.int32)).sum(-1).to(torch.int16).t().contiguous()
 
 
-def masks(adapter: Resident) -> Tensor:
-    """Return p as (ceil(m / 16), tp) int16, bit i for output 16 j + i; built on first use, kept with the adapter."""
-    found: Tensor | None = _MASKS.get(adapter.p)  # type: ignore[no-untyped-call]
-    if found is None:
-        signs = unpack_words(adapter.p)  # (tp, m)
-        padded = torch.zeros(signs.shape[0], -(-signs.shape[1] // 16) * 16)
-        padded[:, : signs.shape[1]] = signs
-        bits = (padded > 0).view(signs.shape[0], -1, 16).to(torch.int32)
-        packed = (bits << torch.arange(16, dtype=torch.int32)).sum(-1).to(torch.int16)
-        found = _MASKS[adapter.p] = packed.t().contiguous()
-    return found
+def nibbles(bits: Tensor) -> Tensor:
+    """Lay bits (tp, 16 j) out as (j, tp / 8, 16) bytes: bit b is rank 8 k + b of one output."""
+    tp, wide = bits.shape
+    by_rank = bits.view(tp // 8, 8, wide // 16, 16) << torch.arange(8, dtype=torch.int32)[:, None, None]
+    return by_rank.sum(1).to(torch.uint8).permute(1, 0, 2).contiguous()
 
 
 @cache
@@ -129,4 +161,4 @@ def _blocks(x: Tensor, weight: Weight, y: Tensor, rows: int = 512) -> None:
         y[:, start : start + count] = x @ room[:count, :n].t()
 
 
-__all__ = ["MAX_ROWS", "Native", "add_adapter", "base", "linear", "masks"]
+__all__ = ["MAX_ROWS", "Native", "add_adapter", "base", "linear", "prepare"]

@@ -5,6 +5,8 @@ A sum of +-v is 2 (sum over the set bits) - (sum of all), so a plane costs one m
 
 from __future__ import annotations
 
+from adaptc.kernels.native.expand import MASKED, TABLES, tabled
+
 F = "<16 x float>"
 LANES = 4  # independent accumulators, to hide the latency of an add
 
@@ -135,89 +137,35 @@ exit:
   ret void
 }}
 
-define internal void @shrink(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %g, float %scale, i64 %rows,
-                    i64 %ldx,
-                    i64 %n, i64 %tq, i64 %tp) {{
+define internal void @shrink(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %g, float %scale, i64 %n,
+                             i64 %tq, i64 %tp) {{
 entry:
   %h = alloca [256 x float], align 64
-  %ldg = add i64 %tp, 1
-  %some = icmp sgt i64 %rows, 0
-  br i1 %some, label %row, label %exit
-row:
-  %m = phi i64 [ 0, %entry ], [ %m.next, %core.done ]
-  %x.at = mul i64 %m, %ldx
-  %px = getelementptr float, ptr %x, i64 %x.at
-  %all = call float @total(ptr %px, i64 %n)
+  %all = call float @total(ptr %x, i64 %n)
   br label %word
 word:
-  %w = phi i64 [ 0, %row ], [ %w.next, %word ]
+  %w = phi i64 [ 0, %entry ], [ %w.next, %word ]
   %q.row = lshr i64 %w, 4
   %q.at = mul i64 %q.row, %n
   %pq = getelementptr i16, ptr %q, i64 %q.at
-  %v = call {F} @signed(ptr %pq, ptr %px, i64 %n, float %all)
+  %v = call {F} @signed(ptr %pq, ptr %x, i64 %n, float %all)
   %ph = getelementptr float, ptr %h, i64 %w
   store {F} %v, ptr %ph, align 4
   %w.next = add i64 %w, 16
   %more = icmp slt i64 %w.next, %tq
-  br i1 %more, label %word, label %core.done
-core.done:
-  %g.at = mul i64 %m, %ldg
-  %pg = getelementptr float, ptr %g, i64 %g.at
-  call void @inner(ptr %h, ptr %core, ptr %pg, float %scale, i64 %tq, i64 %tp)
-  %gsum = call float @total(ptr %pg, i64 %tp)
-  %ps = getelementptr float, ptr %pg, i64 %tp
+  br i1 %more, label %word, label %done
+done:
+  call void @inner(ptr %h, ptr %core, ptr %g, float %scale, i64 %tq, i64 %tp)
+  %gsum = call float @total(ptr %g, i64 %tp)
+  %ps = getelementptr float, ptr %g, i64 %tp
   store float %gsum, ptr %ps, align 4
-  %m.next = add i64 %m, 1
-  %again = icmp slt i64 %m.next, %rows
-  br i1 %again, label %row, label %exit
-exit:
-  ret void
-}}
-"""
-
-EXPAND = f"""
-define internal void @expand(ptr noalias %g, ptr noalias %p, ptr noalias %y, i64 %rows, i64 %ldy, i64 %tp,
-                             i64 %lo, i64 %hi) {{
-entry:
-  %ldg = add i64 %tp, 1
-  %wide = icmp slt i64 %lo, %hi
-  %tall = icmp sgt i64 %rows, 0
-  %some = and i1 %wide, %tall
-  br i1 %some, label %group, label %exit
-group:
-  %j = phi i64 [ %lo, %entry ], [ %j.next, %next ]
-  %p.at = mul i64 %j, %tp
-  %pp = getelementptr i16, ptr %p, i64 %p.at
-  %col = shl i64 %j, 4
-  br label %row
-row:
-  %m = phi i64 [ 0, %group ], [ %m.next, %row ]
-  %g.at = mul i64 %m, %ldg
-  %pg = getelementptr float, ptr %g, i64 %g.at
-  %ps = getelementptr float, ptr %pg, i64 %tp
-  %all = load float, ptr %ps, align 4
-  %v = call {F} @signed(ptr %pp, ptr %pg, i64 %tp, float %all)
-  %y.row = mul i64 %m, %ldy
-  %y.at = add i64 %y.row, %col
-  %py = getelementptr float, ptr %y, i64 %y.at
-  %old = load {F}, ptr %py, align 4
-  %new = fadd {F} %old, %v
-  store {F} %new, ptr %py, align 4
-  %m.next = add i64 %m, 1
-  %more = icmp slt i64 %m.next, %rows
-  br i1 %more, label %row, label %next
-next:
-  %j.next = add i64 %j, 1
-  %again = icmp slt i64 %j.next, %hi
-  br i1 %again, label %group, label %exit
-exit:
   ret void
 }}
 """
 
 ADAPTER = """
-define void @adapter(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %p, ptr noalias %y, float %scale,
-                     i64 %rows, i64 %ldx, i64 %n, i64 %tq, i64 %tp, i64 %ldy, i64 %groups) {
+define internal void @adapter(ptr noalias %x, ptr noalias %q, ptr noalias %core, ptr noalias %p, ptr noalias %y,
+                     float %scale, i64 %rows, i64 %ldx, i64 %n, i64 %tq, i64 %tp, i64 %ldy, i64 %groups) {
 entry:
   %g = alloca [257 x float], align 64
   %some = icmp sgt i64 %rows, 0
@@ -228,8 +176,8 @@ row:
   %px = getelementptr float, ptr %x, i64 %x.at
   %y.at = mul i64 %m, %ldy
   %py = getelementptr float, ptr %y, i64 %y.at
-  call void @shrink(ptr %px, ptr %q, ptr %core, ptr %g, float %scale, i64 1, i64 %ldx, i64 %n, i64 %tq, i64 %tp)
-  call void @expand(ptr %g, ptr %p, ptr %py, i64 1, i64 %ldy, i64 %tp, i64 0, i64 %groups)
+  call void @shrink(ptr %px, ptr %q, ptr %core, ptr %g, float %scale, i64 %n, i64 %tq, i64 %tp)
+  call void @expand(ptr %g, ptr %p, ptr %py, i64 %tp, i64 %groups)
   %m.next = add i64 %m, 1
   %more = icmp slt i64 %m.next, %rows
   br i1 %more, label %row, label %exit
@@ -238,4 +186,25 @@ exit:
 }
 """
 
-TEXT = SELECTED + SIGNED + SHRINK + EXPAND + ADAPTER
+# What never changes for an adapter, in one block of seven words: a call from Python pays for every argument.
+READY = """
+define void @ready(ptr noalias %fixed, ptr noalias %x, ptr noalias %y, float %scale, i64 %rows, i64 %ldx, i64 %ldy) {
+entry:
+""" + "".join(
+    f"""
+  %a{i} = getelementptr i64, ptr %fixed, i64 {i}
+  %{name} = load {kind}, ptr %a{i}"""
+    for i, (name, kind) in enumerate(
+        (("q", "ptr"), ("core", "ptr"), ("p", "ptr"), ("n", "i64"), ("tq", "i64"), ("tp", "i64"), ("groups", "i64"))
+    )
+) + """
+  call void @adapter(ptr %x, ptr %q, ptr %core, ptr %p, ptr %y, float %scale, i64 %rows, i64 %ldx, i64 %n, i64 %tq,
+                     i64 %tp, i64 %ldy, i64 %groups)
+  ret void
+}
+"""
+
+
+def text(target: str) -> str:
+    """Return the functions for a target: outputs by tables where it looks up 16 floats at once, by masks elsewhere."""
+    return SELECTED + SIGNED + SHRINK + (TABLES if tabled(target) else MASKED) + ADAPTER + READY

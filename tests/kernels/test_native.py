@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 
 import pytest
@@ -54,7 +55,7 @@ def test_the_ir_compiles_for_every_target(target: str, instruction: str) -> None
     text = jit.assembly("nf4", target)
     assert instruction in text
     assert all(f"gemv{rows}:" in text for rows in jit.ROWS)
-    assert "adapter:" in text
+    assert "ready:" in text
 
 
 def test_threads_share_out_the_rows(monkeypatch: pytest.MonkeyPatch, close: Callable[[Tensor, Tensor], None]) -> None:
@@ -64,10 +65,17 @@ def test_threads_share_out_the_rows(monkeypatch: pytest.MonkeyPatch, close: Call
     close(linear.linear(x, w, None, 1.0), exact(x, w, None, 1.0))
 
 
-def test_masks_hold_sixteen_outputs_each() -> None:
+def test_signs_are_laid_out_once_for_each_adapter() -> None:
     a = planes(20, 64, [1])
-    masks = linear.masks(a)
-    assert masks.shape == (2, 16)
-    assert linear.masks(a) is masks
-    bits = (masks[:, 0].int()[:, None] >> torch.arange(16)) & 1
-    assert torch.equal(bits.reshape(-1)[:20], a.p[0].int() & 1)
+    ready = linear.prepare(a)
+    assert a.native is ready
+    assert ready.width == 32
+    assert copy.deepcopy(a).native is None
+
+
+def test_words_and_nibbles_hold_the_same_bits() -> None:
+    bits = torch.randint(0, 2, (16, 32), dtype=torch.int32)
+    by_output = (linear.words(bits).int()[:, :, None] >> torch.arange(16)) & 1  # (group, rank, output)
+    by_rank = (linear.nibbles(bits).int()[:, :, None, :] >> torch.arange(8)[:, None]) & 1  # (group, 8, 8, output)
+    assert torch.equal(by_output.permute(1, 0, 2).reshape(16, 32), bits)
+    assert torch.equal(by_rank.flatten(1, 2).permute(1, 0, 2).reshape(16, 32), bits)

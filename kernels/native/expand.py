@@ -1,4 +1,4 @@
-"""LLVM IR of the output side of a 1-bit adapter, y += P g: by tables of signed sums, or by masks as on the input side."""
+"""LLVM IR of the output side of a 1-bit adapter, y += P g: by tables of signed sums, or by masks like the input."""
 
 from __future__ import annotations
 

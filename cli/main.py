@@ -15,7 +15,7 @@ from adaptc import __version__
 from adaptc.cli.options import example
 from adaptc.errors import AdaptcError, LossError, one_line
 
-COMMANDS = ("compress", "quantize", "merge", "compare", "inspect", "diff", "convert", "export", "run",
+COMMANDS = ("compress", "quantize", "merge", "compare", "inspect", "diff", "eval", "convert", "export", "run",
             "decode", "verify")
 INTERRUPTED, BUG = 130, 70
 

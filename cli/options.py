@@ -45,6 +45,19 @@ writing = _stack(
     click.option("--allow-loss", is_flag=True, help="Write even if the output dialect cannot say everything."),
     click.option("--force", is_flag=True, help="Replace an existing output (never an input)."),
 )
+evaluating = _stack(
+    click.option("--base", required=True, metavar="DIR", help="Base model: folder, GGUF file or Hub id."),
+    click.option("--data", required=True, type=click.Path(), metavar="FILE",
+                 help="Text (.txt), rows of `text TAB label` (.tsv), or JSON lines with text, label, choices (.jsonl)."),
+    click.option("--task", type=click.Choice(["lm", "classify", "choice"]), help="Told by the data if not said."),
+    click.option("--window", type=int, default=256, show_default=True, metavar="N", help="lm: tokens a window."),
+    click.option("--max-windows", type=int, metavar="N", help="lm: no more windows than this."),
+    click.option("--max-length", type=int, default=64, show_default=True, metavar="N", help="classify: tokens a row."),
+    click.option("--batch", type=int, default=100, show_default=True, metavar="N", help="classify: rows at a time."),
+    click.option("--bootstrap", type=click.IntRange(min=0), default=1000, show_default=True, metavar="N",
+                 help="Resamples for 95% intervals; 0 for none."),
+    click.option("--seed", type=int, default=0, show_default=True, metavar="N", help="Seed of the resampling."),
+)
 
 
 def speaking(f: F) -> F:

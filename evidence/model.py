@@ -6,7 +6,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 
@@ -19,11 +19,15 @@ _CLASSES = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClass
 
 @dataclass(frozen=True, eq=False)
 class Loaded:
-    """A transformers model in evaluation mode, its tokenizer, and where both came from."""
+    """A transformers model in evaluation mode, its tokenizer, and where both came from.
+
+    `missing`: parameters that the base has no values for (a classifier, usually): random until an adapter gives some.
+    """
 
     model: Any
     tokenizer: Any
     base: str
+    missing: tuple[str, ...] = ()
 
 
 def load_model(base: str | Path, task: Task, labels: int | None = None, dtype: torch.dtype = torch.float32) -> Loaded:
@@ -51,10 +55,11 @@ def load_model(base: str | Path, task: Task, labels: int | None = None, dtype: t
             extra["use_safetensors"] = True
         if labels is not None and task == "classify":
             extra["num_labels"] = labels
-        model = getattr(transformers, _CLASSES[task]).from_pretrained(where, dtype=dtype, **extra)
+        kind = getattr(transformers, _CLASSES[task])
+        model, info = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as e:
         raise _told(str(base), e) from e
-    return Loaded(model.eval().requires_grad_(False), tokenizer, str(base))
+    return Loaded(model.eval().requires_grad_(False), tokenizer, str(base), tuple(sorted(info["missing_keys"])))
 
 
 @contextmanager
@@ -70,11 +75,17 @@ def applied(model: Any, adapter: Adapter, scale: float = 1.0) -> Iterator[None]:
         detach(model, name)
 
 
+def head_of(adapter: Adapter) -> str | None:
+    """Return the name of the classifier weight an adapter carries, None where it carries none or several."""
+    ends = ("classifier.weight", "score.weight", "classifier.out_proj.weight")
+    heads = [k for k, t in adapter.replaced.items() if k.endswith(ends) and isinstance(t, torch.Tensor)]
+    return heads[0] if len(heads) == 1 else None
+
+
 def labels_of(adapter: Adapter) -> int | None:
     """Return the number of classes of the classifier an adapter carries, None where it carries none."""
-    heads = [t for k, t in adapter.replaced.items() if k.endswith(("classifier.weight", "score.weight",
-                                                                    "classifier.out_proj.weight"))]
-    return int(heads[0].shape[0]) if len(heads) == 1 and isinstance(heads[0], torch.Tensor) else None
+    head = head_of(adapter)
+    return None if head is None else int(cast(torch.Tensor, adapter.replaced[head]).shape[0])
 
 
 def _told(base: str, e: Exception) -> Exception:

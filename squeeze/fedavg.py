@@ -96,6 +96,7 @@ FEDEX = Method(
     name="fedex", run=fedex, entries=exact.entries, space="factors, residual as extra ranks", averages=True,
     lossless=True, positive=True,
     exact="the weighted average, exactly; --rank truncates the residual only",
+    tight="this rank holds the average of the factors alone, without fedex's residual",
     paper="Singhal 2024, arXiv 2410.09432", avoid="finished adapters under a rank limit: exact is the optimum",
 )
 FAIR = Method(

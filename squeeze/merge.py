@@ -157,8 +157,10 @@ class Merge(Join):
             rank = self.rank or max(ranks, default=None)
             made, error, energy = self._matrix(key, free, weights, rank, _dtype(held, self.dtype), ctx.device)
         before = sum(d.nbytes for d in held if d is not None)
+        tight = self.how.tight if self.rank is not None and ranks and self.rank <= max(ranks) else ""
+        note = "; ".join(filter(None, (aligned.missing(key, names), tight)))
         return made, Row(key, kind(some), max(ranks, default=None), rank_of(made), before, made.nbytes, error, energy,
-                         aligned.missing(key, names))
+                         note)
 
     def _entries(self, key: str, free: Sequence[BaseFree | None], weights: tuple[float, ...], dtype: torch.dtype
                  ) -> BaseFree:

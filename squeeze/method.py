@@ -82,7 +82,8 @@ class Method:
 
     `space` is where it works, `exact` what it does to the weighted sum, `averages` whether only the ratio of weights
     counts, `positive` whether negative weights make no sense, `options` the fields of Options it reads, `lossless`
-    whether the rank is by default left as large as needed.
+    whether the rank is by default left as large as needed; `tight` is what to say when --rank is no more than the
+    inputs' own.
     """
 
     name: str
@@ -95,6 +96,7 @@ class Method:
     averages: bool = False
     positive: bool = False
     lossless: bool = False
+    tight: str = ""
     entries: Callable[[Tensor, Task], Tensor] | None = None
 
 

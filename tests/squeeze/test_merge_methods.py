@@ -184,6 +184,10 @@ def test_fedavg_and_its_corrections() -> None:
     assert torch.allclose(out.adapter.deltas[KEY].b[:, :4], torch.from_numpy(b).float(), atol=1e-6)
     cut = dense(Merge(method="fedex", weights=(5, 3, 2), rank=7)(adapters).adapter)
     assert np.allclose(cut, b @ a + truncated(total - b @ a, 3), rtol=0, atol=1e-6)
+    assert not out.rows[0].note
+    alone = Merge(method="fedex", weights=(5, 3, 2), rank=4)(adapters)
+    assert "without fedex's residual" in alone.rows[0].note
+    assert np.allclose(dense(alone.adapter), b @ a, rtol=0, atol=1e-7)
     fair = dense(Merge(method="lora-fair", weights=(5, 3, 2))(adapters).adapter)
     gram = a @ a.T
     ridge = 0.01 * np.trace(gram) / 4 * np.eye(4)

@@ -97,7 +97,7 @@ def _table(modules: Sequence[Module], each: bool) -> Table:
     rows = []
     for name, some in grouped(modules, each).items():
         shapes, dtypes, kinds = (list(dict.fromkeys(v)) for v in zip(
-            *(("x".join(map(str, m.shape)), m.dtype, m.kind) for m in some), strict=True))
+            *(("x".join(str(d or "?") for d in m.shape), m.dtype, m.kind) for m in some), strict=True))
         rows.append((name, str(len(some)), listed(kinds, 2), listed(shapes, 2), spread([m.rank for m in some]),
                      spread([m.scale for m in some]), spread([_alpha(m) for m in some]), _dtypes(dtypes),
                      print_nbytes(sum(m.nbytes for m in some)), spread([m.effective_rank for m in some]),

@@ -182,7 +182,7 @@ class Truncate(Pass):
             error, energy = _dense_error(delta, after)
         if not isinstance(delta, LowRank) and after.nbytes >= delta.nbytes:
             return Change(delta, 0.0, f"kept as it is: rank {k} factors would be larger", energy)
-        return Change(after, error, energy=energy)
+        return Change(after, error, "nothing of it is kept" if k == 0 and energy else "", energy)
 
     def _within(self, error: float) -> bool:
         return self.max_error is None or error <= self.max_error + _ROUNDING

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaptc.bytesize import print_nbytes
-from adaptc.cli.grouping import grouped
 from adaptc.cli.reading import Opened
 from adaptc.cli.render import Block, Notes, Table, Voice, count, listed, number, spread
 from adaptc.cli.writing import Target
+from adaptc.grouping import grouped
 
 if TYPE_CHECKING:
     from adaptc.passes import Outcome

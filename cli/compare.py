@@ -8,7 +8,6 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from adaptc.cli.grouping import grouped
 from adaptc.cli.merge import short_names
 from adaptc.cli.options import example, reading, speaking
 from adaptc.cli.plot import check_plot
@@ -16,6 +15,7 @@ from adaptc.cli.reading import open_adapter
 from adaptc.cli.render import Notes, Table, Voice, number
 from adaptc.errors import UsageError
 from adaptc.formats.atomic import staged
+from adaptc.grouping import grouped
 
 if TYPE_CHECKING:
     from adaptc.squeeze.compare import Comparison, Module, Pair

@@ -53,7 +53,7 @@ def command(ctx: click.Context, a: str, b: str, fail_above: float | None, base: 
 
 
 def _blocks(a: str, b: str, found: Difference, voice: Voice) -> list[Block]:
-    from adaptc.cli.grouping import grouped
+    from adaptc.grouping import grouped
 
     lines = []
     for name, gaps in grouped(found.modules, voice.verbose).items():

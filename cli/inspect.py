@@ -92,7 +92,7 @@ def _said(option: str, value: Any) -> str:
 
 
 def _table(modules: Sequence[Module], each: bool) -> Table:
-    from adaptc.cli.grouping import grouped
+    from adaptc.grouping import grouped
 
     rows = []
     for name, some in grouped(modules, each).items():

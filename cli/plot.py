@@ -6,10 +6,10 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from adaptc.cli.grouping import grouped
 from adaptc.cli.reading import Opened
 from adaptc.errors import AdaptcError, UsageError
 from adaptc.formats.atomic import check, staged
+from adaptc.grouping import grouped
 
 if TYPE_CHECKING:
     from adaptc.squeeze.inspection import Module

@@ -8,9 +8,9 @@ import math
 import pytest
 
 from adaptc.bytesize import print_nbytes, read_nbytes, short_nbytes
-from adaptc.cli.grouping import layer_type
 from adaptc.cli.render import Facts, Notes, Table, Voice, _cells, _show_rich, listed, number, spread
 from adaptc.errors import UsageError
+from adaptc.grouping import layer_type
 
 TABLE = Table(("module", "kind", ">count"), [("q", "lowrank", "3"), ("longer", "sparse", "12")], ("all", "", "15"),
               spare=("kind",))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import struct
+from collections.abc import Mapping
 from dataclasses import replace
 from typing import Protocol
 
@@ -31,13 +32,21 @@ def fingerprint(base: Weights, adapter: Adapter) -> str:
     floor(t (n - 1) / 63), t = 0..63, of the weight in logical orientation, rounded to bfloat16. Reads only those
     pages of the base. Raises NeedsError or FormatError when the base lacks a parameter or has another shape.
     """
+    return fingerprint_of({k: samples(base.weight(k, d.shape)) for k, d in adapter.deltas.items()})
+
+
+def samples(w: Tensor) -> bytes:
+    """Return what a fingerprint reads of one weight: its shape and 64 of its values."""
+    at = [t * (w.numel() - 1) // (SAMPLES - 1) for t in range(SAMPLES)]
+    index = torch.unravel_index(torch.tensor(at), w.shape)
+    return struct.pack(f"<{w.dim()}q", *w.shape) + w[index].to(torch.bfloat16).view(torch.int16).numpy().tobytes()
+
+
+def fingerprint_of(sampled: Mapping[str, bytes]) -> str:
+    """Return the fingerprint of weights by parameter name that `samples` has read."""
     digest = hashlib.sha256()
-    for key in sorted(adapter.deltas):
-        w = base.weight(key, adapter.deltas[key].shape)
-        at = [t * (w.numel() - 1) // (SAMPLES - 1) for t in range(SAMPLES)]
-        index = torch.unravel_index(torch.tensor(at), w.shape)
-        digest.update(key.encode() + b"\0" + struct.pack(f"<{w.dim()}q", *w.shape))
-        digest.update(w[index].to(torch.bfloat16).view(torch.int16).numpy().tobytes())
+    for key in sorted(sampled):
+        digest.update(key.encode() + b"\0" + sampled[key])
     return digest.hexdigest()[:16]
 
 

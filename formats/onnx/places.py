@@ -1,0 +1,79 @@
+"""Where a graph reads a parameter that an adapter replaces whole: a head, a norm, a bias."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from adaptc.errors import NeedsError
+from adaptc.formats.onnx.model import Model
+from adaptc.formats.onnx.names import SCOPES, strings_of, distance
+
+# Operator -> the inputs that hold its weight and its bias.
+_INPUTS = {"MatMul": (1, None), "Gemm": (1, 2), "LayerNormalization": (1, 2), "Conv": (1, 2), "Gather": (0, None),
+           "Add": (None, 1), "Mul": (1, None), "FusedMatMul": (1, None)}
+
+
+@dataclass(frozen=True, eq=False)
+class Place:
+    """An initializer and the nodes (with the number of the input) that read it as this parameter.
+
+    `turned` says that a matrix lies transposed there: (in, out).
+    """
+
+    initializer: str
+    uses: tuple[tuple[Any, int], ...]
+    turned: bool
+
+
+def find_places(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Place]:
+    """Return where each parameter of `shapes` is read. Raises NeedsError for the first that is nowhere."""
+    out = {}
+    for key, shape in shapes.items():
+        place = _by_scope(model, key, shape) or _by_initializer(model, key, shape)
+        if place is None:
+            raise NeedsError(f"{key} {tuple(shape)} is replaced by the adapter, and {model.path.name} has no such "
+                             "parameter", hint="export the base from its folder: --base HF-DIR")
+        out[key] = place
+    return out
+
+
+def _by_scope(model: Model, key: str, shape: tuple[int, ...]) -> Place | None:
+    module, _, leaf = key.rpartition(".")
+    hits: dict[str, list[tuple[Any, int]]] = {}
+    for node in model.graph.node:
+        scopes = strings_of({p.key: p.value for p in node.metadata_props}.get(SCOPES, ""))
+        if len(scopes) < 2 or distance(scopes[-2], module) is None:
+            continue
+        at = _INPUTS.get(node.op_type, (None, None))[leaf == "bias"]
+        candidates = (0, 1) if node.op_type in ("Add", "Mul") and at is not None else (at,)
+        for i in candidates:
+            if i is not None and i < len(node.input) and _fits(model, node.input[i], shape):
+                hits.setdefault(node.input[i], []).append((node, i))
+    return _place(model, hits, shape)
+
+
+def _by_initializer(model: Model, key: str, shape: tuple[int, ...]) -> Place | None:
+    hits: dict[str, list[tuple[Any, int]]] = {}
+    for name in model.initializers:
+        if distance(name, key) is not None and _fits(model, name, shape):
+            hits[name] = [(n, i) for n in model.graph.node for i, read in enumerate(n.input) if read == name]
+    return _place(model, hits, shape)
+
+
+def _fits(model: Model, name: str, shape: tuple[int, ...]) -> bool:
+    tensor = model.initializers.get(name)
+    return tensor is not None and tuple(tensor.dims) in (tuple(shape), tuple(shape)[::-1])
+
+
+def _place(model: Model, hits: Mapping[str, list[tuple[Any, int]]], shape: tuple[int, ...]) -> Place | None:
+    if len(hits) != 1:
+        return None
+    (name, uses), = hits.items()
+    turned = tuple(model.initializers[name].dims) != tuple(shape)
+    if len(shape) == 2 and shape[0] == shape[1]:
+        node = uses[0][0]
+        turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not any(
+            a.name == "transB" and a.i for a in node.attribute))
+    return Place(name, tuple(uses), turned)

@@ -13,7 +13,7 @@ import click
 
 from adaptc.bytesize import print_nbytes
 from adaptc.cli.options import evaluating, example, reading, speaking
-from adaptc.cli.render import Block, Facts, Notes, Table, Voice, count, number
+from adaptc.cli.render import Block, Facts, Notes, Table, Voice, number
 from adaptc.errors import UsageError
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ _COLUMNS = ("adapter", "bytes", "metric", "value", "low", "high", "difference", 
                epilog=example("adaptc eval --base minilm/ full/ small/ --data test.tsv"))
 @click.argument("sources", metavar="ADAPTER...", nargs=-1, required=True)
 @click.option("--reference", metavar="ADAPTER", help="Compare with this one of them; the first by default.")
-@click.option("--head-from", type=click.Path(), metavar="ADAPTER", help="classify: everyone's classifier is this one's.")
+@click.option("--head-from", type=click.Path(), metavar="ADAPTER", help="classify: everyone gets its classifier.")
 @click.option("--metric", "metrics", multiple=True, metavar="NAME", help="Show this metric; repeatable, or `all`.")
 @click.option("--csv", "csv_out", type=click.Path(), metavar="FILE", help="Also write every metric as a table.")
 @click.option("--force", is_flag=True, help="Replace an existing --csv file.")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import signal
 import sys
 import warnings
 from collections.abc import Sequence
@@ -15,9 +16,13 @@ from adaptc import __version__
 from adaptc.cli.options import example
 from adaptc.errors import AdaptcError, LossError, one_line
 
-COMMANDS = ("compress", "quantize", "merge", "compare", "inspect", "diff", "eval", "convert", "export", "run",
-            "decode", "verify")
-INTERRUPTED, BUG = 130, 70
+COMMANDS = ("compress", "quantize", "merge", "prune", "calibrate", "compare", "inspect", "diff", "eval", "sweep", "convert",
+            "export", "run", "batch", "decode", "verify")
+INTERRUPTED, TERMINATED, BUG = 130, 143, 70
+
+
+class Terminated(KeyboardInterrupt):
+    """SIGTERM arrived: unwind as for ^C, so that nothing half written stays."""
 
 
 class Commands(click.Group):
@@ -65,6 +70,8 @@ def main(args: Sequence[str] | None = None) -> int:
     debug = os.environ.get("ADAPTC_DEBUG") == "1"
     if not debug:
         warnings.simplefilter("ignore")  # facts go in the report; what libraries mutter is not one
+    if args is None:
+        signal.signal(signal.SIGTERM, _terminate)
     try:
         code = cli.main(args=None if args is None else list(args), prog_name="adaptc", standalone_mode=False)
         sys.stdout.flush()
@@ -76,7 +83,9 @@ def main(args: Sequence[str] | None = None) -> int:
         where = ctx.command_path if ctx is not None else "adaptc"
         text = e.format_message().rstrip(".")
         return _fail(text[:1].lower() + text[1:], f"{where} --help", e.exit_code, debug)
-    except (click.Abort, KeyboardInterrupt):
+    except (click.Abort, KeyboardInterrupt) as e:
+        if isinstance(e, Terminated) or isinstance(e.__cause__, Terminated):  # click makes Abort of it
+            return _fail("terminated", None, TERMINATED, debug)
         return _fail("interrupted", None, INTERRUPTED, debug)
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # nobody reads on; what is buffered is dropped
@@ -90,6 +99,10 @@ def main(args: Sequence[str] | None = None) -> int:
             return _fail("out of memory", "--jobs 1 holds fewer modules at a time", 1, debug)
         what = f"internal error, please report it: {type(e).__name__}: {e}"
         return _fail(what, "ADAPTC_DEBUG=1 shows where it happened", BUG, debug)
+
+
+def _terminate(*_: object) -> None:
+    raise Terminated
 
 
 def _told(e: AdaptcError) -> str:

@@ -48,7 +48,7 @@ writing = _stack(
 evaluating = _stack(
     click.option("--base", required=True, metavar="DIR", help="Base model: folder, GGUF file or Hub id."),
     click.option("--data", required=True, type=click.Path(), metavar="FILE",
-                 help="Text (.txt), rows of `text TAB label` (.tsv), or JSON lines with text, label, choices (.jsonl)."),
+                 help="Text (.txt), `text TAB label` (.tsv), or JSON lines with text, label, choices (.jsonl)."),
     click.option("--task", type=click.Choice(["lm", "classify", "choice"]), help="Told by the data if not said."),
     click.option("--window", type=int, default=256, show_default=True, metavar="N", help="lm: tokens a window."),
     click.option("--max-windows", type=int, metavar="N", help="lm: no more windows than this."),

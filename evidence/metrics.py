@@ -20,8 +20,8 @@ class Observed:
     """Sums of one adapter's outputs over each of n units, all float64.
 
     `sums`: name -> (n,): "count" (tokens or 1) and, where known, "loss" (the window's mean), "nll", "right",
-    "right_normed", "kl", "agree". `bins`: "confidence" (equal width) and "adaptive" (equal mass) -> (groups, n, BINS, 3)
-    with the number of predictions, of right ones, and the sum of confidences in each bin.
+    "right_normed", "kl", "agree". `bins`: "confidence" (equal width) and "adaptive" (equal mass), each
+    (groups, n, BINS, 3): the number of predictions, of right ones, and the sum of confidences in each bin.
     """
 
     sums: Mapping[str, Tensor]

@@ -23,9 +23,14 @@ def ready(base: str | Path, task: Kind, adapters: Mapping[str, Adapter], donor: 
     """
     labels = classes_of({**adapters, "--head-from": donor} if donor is not None else adapters)
     loaded = load_model(base, "classify" if task == "classify" else "lm", labels if task == "classify" else None)
+    return loaded, fitted(loaded, task, adapters, donor)
+
+
+def fitted(loaded: Loaded, task: Kind, adapters: Mapping[str, Adapter], donor: Adapter | None) -> dict[str, Adapter]:
+    """Return the adapters as the loaded model takes them for a task: for `classify` each with a head."""
     if task != "classify":
-        return loaded, dict(adapters)
-    return loaded, {name: with_head(name, a, loaded.missing, donor) for name, a in adapters.items()}
+        return dict(adapters)
+    return {name: with_head(name, a, loaded.missing, donor) for name, a in adapters.items()}
 
 
 def with_head(name: str, adapter: Adapter, missing: Sequence[str], donor: Adapter | None) -> Adapter:

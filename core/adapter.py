@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptc.delta import Delta, NeedsBase
+from adaptc.factor import decoded
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -102,13 +103,15 @@ class Adapter:
 
 
 def tensors(delta: Delta) -> dict[str, Tensor]:
-    """Return the plain tensors a delta stores, by field name; codes appear as `field.stream`."""
+    """Return the plain tensors a delta stores, by field name; codes as `field.stream`, those of indices decoded."""
     out: dict[str, Tensor] = {}
     fields = dict(delta.tensors) if isinstance(delta, NeedsBase) else {}
     fields |= {n: getattr(delta, n) for n in ("a", "b", "core", "weight", "indices", "values") if hasattr(delta, n)}
     for name, value in fields.items():
         if isinstance(value, Tensor):
             out[name] = value
+        elif name == "indices":
+            out[name] = decoded(value)
         elif value is not None:
             out |= {f"{name}.{stream}": t for stream, t in value.streams.items()}
     inner = [(n, getattr(delta, n, None)) for n in ("left", "right", "inner")]

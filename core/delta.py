@@ -154,9 +154,12 @@ class Hadamard:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Sparse:
-    """dW.flatten()[indices] = scale * values, zero elsewhere. indices: (k,) int64, sorted, unique; values: (k,)."""
+    """dW.flatten()[indices] = scale * values, zero elsewhere. indices: (k,) int64, sorted, unique; values: (k,).
 
-    indices: Tensor
+    The indices may be codes of rising positions (adaptc.quant.golomb); `places` decodes them.
+    """
+
+    indices: Factor
     values: Tensor
     scale: float
     shape: tuple[int, ...]
@@ -166,16 +169,20 @@ class Sparse:
         """Stored bytes of indices and values."""
         return self.indices.nbytes + self.values.nbytes
 
+    def places(self) -> Tensor:
+        """Return the flat indices (k,) int64. Raises FormatError for codes that make no rising positions."""
+        return decoded(self.indices)
+
     def dense(self) -> Tensor:
         """Return dW in float64, shape `shape`."""
         out = torch.zeros(math.prod(self.shape), dtype=torch.float64)
-        out[self.indices] = self.values.double() * self.scale
+        out[self.places()] = self.values.double() * self.scale
         return out.reshape(self.shape)
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x @ dW^T for x (..., in): gather inputs, multiply, scatter-add to outputs."""
-        n = math.prod(self.shape[1:])
-        rows, cols = self.indices // n, self.indices % n
+        n, places = math.prod(self.shape[1:]), self.places()
+        rows, cols = places // n, places % n
         y = x.new_zeros(*x.shape[:-1], self.shape[0])
         return y.index_add_(-1, rows, x[..., cols] * self.values.to(x.dtype)) * self.scale
 

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from adaptc.coded import Coded
-from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sum
+from adaptc.delta import BaseFree, Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sparse, Sum
 from adaptc.factor import Encoded, decoded
 
 
@@ -54,6 +54,10 @@ def plain(delta: Delta) -> Delta:
         case LowRank(a=a, b=b, core=core) if any(isinstance(f, Encoded) for f in (a, b, core)):
             core = decoded(core) if core is not None else None
             return LowRank(decoded(a), decoded(b), core, delta.scale, delta.shape)
+        case Sparse(indices=Encoded()):
+            return replace(delta, indices=delta.places())
+        case Sum(terms=terms) if any(plain(t) is not t for t in terms):
+            return replace(delta, terms=tuple(plain(t) for t in terms))  # type: ignore[misc]
         case NeedsBase(inner=inner) if inner is not None:
             return replace(delta, inner=plain(inner))  # type: ignore[arg-type]
         case _:

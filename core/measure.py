@@ -9,6 +9,7 @@ from torch import Tensor
 
 from adaptc.delta import BaseFree, Delta, NeedsBase, Sparse
 from adaptc.errors import FormatError
+from adaptc.factor import decoded
 from adaptc.lowrank import low_rank
 from adaptc.spectral import Spectral
 
@@ -69,7 +70,7 @@ def _basis(delta: Sparse | Spectral) -> str:
 
 def _sparse_distance2(x: Sparse | Spectral, y: Sparse | Spectral) -> float:
     """Return ||dW_x - dW_y||_F^2 over the entries that either stores, in one orthonormal basis."""
-    at, where = torch.unique(torch.cat([x.indices, y.indices]), return_inverse=True)
+    at, where = torch.unique(torch.cat([decoded(x.indices), decoded(y.indices)]), return_inverse=True)
     both = torch.cat([x.values.double() * x.scale, y.values.double() * -y.scale])
     return float(torch.zeros(len(at), dtype=torch.float64).index_add_(0, where, both).square().sum())
 

@@ -132,9 +132,29 @@ function weight(codec, s, shapes, m, n) {
   })
 }
 
+// rising positions from their gaps, block by block
+function golomb({ span }, { table, bits }) {
+  const bit = i => bits[i >> 3] >> (i & 7) & 1, made = []
+  for (let block = 0, start = 0; 3 * block < table.length; block++) {
+    const [count, modulus, size] = table.slice(3 * block, 3 * block + 3), k = 31 - Math.clz32(modulus)
+    const cut = 2 ** (k + 1) - modulus, gaps = new Array(count).fill(0)
+    let at = 8 * start, place = block * span - 1
+    for (let i = 0; i < count; i++) for (let j = 0; j < k; j++) gaps[i] += bit(at++) * 2 ** j
+    const quotients = gaps.map(() => { let q = 0; while (!bit(at++)) q++; return q })
+    gaps.forEach((head, i) => {
+      const r = head < cut ? head : 2 * head + bit(at++) - cut
+      place += quotients[i] * modulus + r + 1
+      made.push(BigInt(place))
+    })
+    start += size
+  }
+  return made
+}
+
 // values, row by row, of the codes {codec, config, shape, dtype} with streams and their shapes by name
 export function factor({ codec, config, shape: [m, n], dtype }, s, shapes) {
   let values
+  if (codec === 'golomb') return golomb(config, s)
   if (!('transpose' in config)) values = weight(codec, s, shapes, m, n)
   else if (!config.transpose) values = matrix(codec, config, s, m, n)
   else {

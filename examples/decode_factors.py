@@ -84,12 +84,29 @@ def weight(codec, s, m, n):
     return np.stack(rows, 1).reshape(m, n) / 2
 
 
+def golomb(config, s):
+    """Return rising positions from their gaps, block by block."""
+    bits, made, at = np.unpackbits(s["bits"], bitorder="little"), [np.zeros(0)], 0
+    for block, (count, modulus, size) in enumerate(s["table"].reshape(-1, 3).tolist()):
+        k = modulus.bit_length() - 1
+        cut, rest = 2 ** (k + 1) - modulus, bits[at + count * k : at + 8 * size]
+        ends, heads = np.flatnonzero(rest)[:count], bits[at : at + count * k].reshape(count, k) @ (1 << np.arange(k))
+        tails = iter(rest[ends[-1] + 1 :].tolist() if count else [])
+        r = [head if head < cut else 2 * head + next(tails) - cut for head in heads.tolist()]
+        made.append(block * config["span"] - 1 + np.cumsum((np.diff(ends, prepend=-1) - 1) * modulus + r + 1))
+        at += 8 * size
+    return np.concatenate(made).astype("<i8")
+
+
 def factor(value, held):
     """Return the array of a field of a form: tensor number `value` of `held`, or decoded codes."""
     if not isinstance(value, dict):
         return held[value]
-    (m, n), config, codec = value["shape"], value["config"], value["codec"]
+    config, codec = value["config"], value["codec"]
     s = {name: held[j] for name, j in value["streams"].items()}
+    if codec == "golomb":
+        return golomb(config, s)
+    m, n = value["shape"]
     if "transpose" not in config:
         made = weight(codec, s, m, n)
     else:

@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptc.coded import Coded
 from adaptc.delta import Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sparse, Sum
 from adaptc.errors import FormatError, UsageError
-from adaptc.factor import Encoded, Factor
+from adaptc.factor import Encoded, Factor, decoded
 from adaptc.formats.config_json import deeper
 from adaptc.formats.peft_codecs import check_places
 from adaptc.formats.portable_write import FACTORS, PARTS
@@ -104,7 +104,8 @@ class _Module:
             case "sparse":
                 return Sparse(*self._entries(form, shape), scale, shape)
             case "spectral":
-                spectral = Spectral(*self._entries(form, shape), str(form["transform"]), scale, shape)
+                places, values = self._entries(form, shape)
+                spectral = Spectral(decoded(places), values, str(form["transform"]), scale, shape)
                 spectral.basis()  # refuses a transform that this width has not
                 return spectral
             case "kron":
@@ -127,8 +128,15 @@ class _Module:
                     raise FormatError(f"sum of shape {shape} has terms of other shapes")
                 return Sum(parts, shape)
 
-    def _entries(self, form: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
-        """Return rising flat indices and the values there."""
+    def _entries(self, form: Mapping[str, Any], shape: tuple[int, ...]) -> tuple[Factor, Tensor]:
+        """Return rising flat indices, or codes of them, and the values there."""
+        if isinstance(form["indices"], dict):
+            codes, values = self._encoded(form["indices"]), _floats(self._tensor(form["values"]))
+            if codes.codec != "golomb" or codes.dtype != torch.int64 or codes.config["size"] != math.prod(shape):
+                raise FormatError(f"codes of {codes.codec} are no positions in shape {shape}")
+            if values.shape != codes.shape:
+                raise FormatError(f"{codes.shape[0]} positions have values of shape {tuple(values.shape)}")
+            return codes, values
         indices, values = self._tensor(form["indices"]), _floats(self._tensor(form["values"]))
         check_places(indices, values, shape)
         if bool((indices[1:] < indices[:-1]).any()):
@@ -177,9 +185,15 @@ class _Module:
     def _factor(self, value: Any) -> Factor:
         if not isinstance(value, dict):
             return _floats(self._tensor(value))
+        made = self._encoded(value)
+        if not made.dtype.is_floating_point:
+            raise FormatError(f"codes of {str(made.dtype)[6:]} {tuple(made.shape)} do not make a factor")
+        return made
+
+    def _encoded(self, value: Mapping[str, Any]) -> Encoded:
         streams = {k: self._tensor(v) for k, v in value["streams"].items()}
         shape, config, dtype = read_shape(value["shape"]), value["config"], DTYPES.get(str(value["dtype"]))
-        if dtype is None or not dtype.is_floating_point or math.prod(shape) > MAX_DECODED:
+        if dtype is None or math.prod(shape) > MAX_DECODED:
             raise FormatError(f"codes of {str(value['dtype'])[:20]} {shape} do not make a factor")
         codec = CODECS.get(str(value["codec"])[:60])
         if not hasattr(codec, "check"):

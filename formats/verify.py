@@ -64,7 +64,7 @@ def _values(delta: Delta) -> Iterator[tuple[str, Tensor]]:
         return
     if isinstance(delta, NeedsBase):
         yield from delta.tensors.items()
-    for name in ("a", "b", "core", "weight", "values"):
+    for name in ("a", "b", "core", "weight", "indices", "values"):
         if getattr(delta, name, None) is not None:
             yield name, decoded(getattr(delta, name))
     parts = [getattr(delta, name, None) for name in ("left", "right", "inner")]

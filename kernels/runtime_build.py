@@ -86,7 +86,7 @@ def _branches(delta: Delta, site: Site) -> tuple[Branch, ...]:
         return (Product(delta),)
     if isinstance(delta, Sparse) and linear:
         m, n = site.shape
-        return (Beside(sparse.by_rows(delta.indices, _floats(delta.values), (m, n)), delta.scale),)
+        return (Beside(sparse.by_rows(delta.places(), _floats(delta.values), (m, n)), delta.scale),)
     if isinstance(delta, Dense) and linear:
         if isinstance(delta.weight, Encoded):
             raise UnsupportedError(f"a delta in code {delta.weight.codec} has no factors and does not run without "

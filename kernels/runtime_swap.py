@@ -61,7 +61,7 @@ def put(model: nn.Module, key: str, value: Replacement) -> Undo:
 def switch(site: Site, delta: Sparse, scale: float) -> Undo:
     """Add a sparse delta to the weight in place; the returned call writes back what stood there."""
     w: Tensor = site.module.weight.detach()
-    index = delta.indices.to(w.device)
+    index = delta.places().to(w.device)
     if site.kind == "conv1d":  # stored (in, out)
         out, n = site.shape
         index = index % n * out + index // n

@@ -122,8 +122,9 @@ def _scaled(delta: BaseFree, w: float) -> BaseFree:
 
 def union(parts: Sequence[Sparse], present: Sequence[bool]) -> tuple[Tensor, Tensor]:
     """Return the sorted union of indices (u,) and the values there as (T, u) float64, zero rows for absent inputs."""
-    indices = torch.unique(torch.cat([p.indices for p in parts]))
+    places = [p.places() for p in parts]
+    indices = torch.unique(torch.cat(places))
     x = torch.zeros(len(present), len(indices), dtype=torch.float64)
-    for row, p in zip([i for i, here in enumerate(present) if here], parts, strict=True):
-        x[row, torch.searchsorted(indices, p.indices)] = p.values.double() * p.scale
+    for row, p, at in zip([i for i, here in enumerate(present) if here], parts, places, strict=True):
+        x[row, torch.searchsorted(indices, at)] = p.values.double() * p.scale
     return indices, x

@@ -22,6 +22,7 @@ from adaptc.factor import Encoded
 from adaptc.formats.portable_write import digest
 from adaptc.quant.affine import Affine
 from adaptc.quant.fp8 import FP8
+from adaptc.quant.golomb import Golomb
 from adaptc.quant.nf4 import NF4
 from adaptc.quant.rd import Budget, Module, encode
 from adaptc.quant.rd_code import RateDistortion
@@ -59,6 +60,7 @@ def adapter() -> Adapter:
         "fourier.weight": Dense(Encoded("fourier", {}, {"indices": place, "values": ramp(3)}, torch.Size((12, 16)),
                                         torch.float32), 1.0, (12, 16)),
         "dora.weight": NeedsBase("dora", {"magnitude": ramp(12)}, {"axis": 0}, (12, 16), pair(9)),
+        "places.weight": Sparse(Golomb.encode(torch.arange(1, 192, 3), 192, 16), ramp(64), 1.0, (12, 16)),
     }
     replaced = {"head.weight": ramp(2, 12), "emb.weight": Rows((3, 9), ramp(2, 5))}
     origin = Origin("peft", {"peft_type": "LORA", "r": 3}, base_model="org/base", fingerprint="0123456789abcdef")

@@ -213,6 +213,20 @@ attack("factor-codes-out-of-range", "hold NaN", tensor("fp8", 0, lambda t: t * 0
 attack("fourier-of-terabytes", "do not make a factor", form("fourier", lambda f: (
     f.update(shape=[2**18, 2**18]), f["weight"].update(shape=[2**18, 2**18]))))
 attack("fourier-index-outside", "outside of shape", tensor("fourier", 0, lambda t: t + 1000))
+# Codes of positions
+attack("places-of-another-size", "are no positions", form("places", lambda f: f["indices"]["config"].update(size=191)))
+attack("places-as-floats", "are no positions", form("places", lambda f: f["indices"].update(dtype="F32")))
+attack("places-with-a-span-of-nothing", "does not take config", form("places", lambda f: (
+    f["indices"]["config"].update(span=0))))
+attack("places-of-petabytes", "table has", form("places", lambda f: f["indices"]["config"].update(size=2**50, span=1)))
+attack("places-more-than-bits", "claims more", tensor("places", 0, lambda t: t * 0 + 200))
+attack("places-of-no-modulus", "has modulus", tensor("places", 0, lambda t: torch.tensor([[64, 0, t[0, 2]]]).int()))
+attack("places-without-bits", "expected 64 in", tensor("places", 1, lambda t: t[:, :-1]))
+attack("places-too-few-values", "have values", tensor("places", 2, lambda t: t[:, :-1]))
+attack("places-of-zeros", "ends after", tensor("places", 1, lambda t: t * 0), ("verify", "decode"))
+attack("places-of-ones", "left over", tensor("places", 1, lambda t: t * 0 + 255), ("verify", "decode"))
+attack("places-as-a-factor", "do not make a factor", form("places", lambda f: (
+    f.update(kind="dense", weight=f.pop("indices")), f.pop("values"))))
 # Carried tensors
 attack("rows-too-few", "row numbers for", lambda m, t: m["replaced"]["emb.weight"].update(rows=[3]))
 attack("rows-negative", "distinct and whole", lambda m, t: m["replaced"]["emb.weight"].update(rows=[-3, 3]))

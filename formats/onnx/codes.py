@@ -2,7 +2,8 @@
 
 dW^T = Qa^T core Qb with Qa (ra, in), Qb (rb, out) of levels; a byte holds `per_byte` of them, the first in the lowest
 digit. The graph decodes by one pattern for all kinds, Cast -> Gather(table (256, per_byte)) -> Reshape, as the function
-adaptc::Decode. Levels are stored times 2^-6, so that a float16 core covers 1.5e-8 to 16 in dW's own units.
+adaptc::Decode; "int8" by DequantizeLinear, for runtimes that have it in hardware. Levels are stored times 2^-6 (2^-13
+for int8), so that a float16 core covers 1.5e-8 to 16 in dW's own units.
 """
 
 from __future__ import annotations
@@ -32,22 +33,39 @@ class Code:
 
     levels: tuple[float, ...]
     per_byte: int
+    dtype: Any = np.uint8
+
+    @property
+    def dequantized(self) -> bool:
+        """Whether codes are the levels themselves, signed, and take no table."""
+        return self.dtype is np.int8
+
+    @property
+    def unit(self) -> float:
+        """What a level of 1 is worth."""
+        return UNIT / 128 if self.dequantized else UNIT
 
     def table(self) -> Array:
-        """Return (256, per_byte) float32: the levels a byte stands for, times UNIT."""
+        """Return (256, per_byte) float32: the levels a byte stands for, times `unit`; the unit alone for int8."""
+        if self.dequantized:
+            return np.array(self.unit, np.float32)
         digits = np.arange(256)[:, None] // len(self.levels) ** np.arange(self.per_byte) % len(self.levels)
-        return np.array(self.levels, np.float32)[digits] * np.float32(UNIT)
+        return np.array(self.levels, np.float32)[digits] * np.float32(self.unit)
 
     def pack(self, index: Array) -> Array:
         """Return level numbers (rows, n) as bytes (rows, ceil(n / per_byte)); padding is the first level."""
         rows, n = index.shape
+        if self.dequantized:
+            return np.array(self.levels, np.int8)[index]
         padded = np.pad(index.astype(np.int64), ((0, 0), (0, -n % self.per_byte)))
         groups = padded.reshape(rows, -1, self.per_byte)
         packed: Array = (groups * len(self.levels) ** np.arange(self.per_byte)).sum(-1).astype(np.uint8)
         return packed
 
     def unpack(self, packed: Array, n: int) -> Array:
-        """Return the levels times UNIT (rows, n) that `pack` stored: what the graph decodes."""
+        """Return the levels times `unit` (rows, n) that `pack` stored: what the graph decodes."""
+        if self.dequantized:
+            return packed.astype(np.float32) * np.float32(self.unit)
         values: Array = self.table()[packed.astype(np.int64)].reshape(len(packed), -1)[:, :n]
         return values
 
@@ -57,7 +75,8 @@ class Code:
 
 
 CODES = {"sign": Code((-1.0, 1.0), 8), "ternary": Code((-1.0, 0.0, 1.0), 5),
-         "2bit": Code((-3.0, -1.0, 1.0, 3.0), 4), "nf4": Code(LEVELS, 2)}
+         "2bit": Code((-3.0, -1.0, 1.0, 3.0), 4), "nf4": Code(LEVELS, 2),
+         "int8": Code(tuple(map(float, range(-127, 128))), 1, np.int8)}
 
 
 def encode(store: str, b: Tensor, a: Tensor, bits: float = 1.0) -> tuple[Array, Array, Array]:
@@ -71,7 +90,7 @@ def encode(store: str, b: Tensor, a: Tensor, bits: float = 1.0) -> tuple[Array, 
         qa, qb, core = _planes(b, a, bits)
     else:
         qa, qb, core = _levels(code, b, a)
-    scaled = core / UNIT**2
+    scaled = core / code.unit**2
     if float(np.abs(scaled).max(initial=0)) > 65504:
         raise UnsupportedError(f"a core of {np.abs(core).max():.3g} is beyond float16", hint="--store float16 holds it")
     return code.pack(qa), code.pack(qb), scaled.astype(np.float16)
@@ -84,25 +103,29 @@ def decode(store: str, codes_a: Array, codes_b: Array, core: Array, shape: tuple
     return torch.from_numpy(qb.T @ core.astype(np.float64).T), torch.from_numpy(qa)
 
 
-def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool) -> tuple[str, list[Any]]:
+def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool, dequantized: bool = False) -> tuple[str, list[Any]]:
     """Return the name of the function a module calls, and the model-local functions it takes.
 
     adaptc::Decode(codes (r, bytes) uint8, table (256, k), shape [0, n]) -> levels (r, n), by Cast, Gather, Reshape;
     adaptc::Branch(x, a, core, b, table, shape_a, shape_b[, n_a][, n_b]) -> x Qa^T core Qb, with levels beyond n_a or
-    n_b, which only fill their byte, cut off. `dtype` is ONNX's number for that of x and the table.
+    n_b, which only fill their byte, cut off. `dtype` is ONNX's number for that of x and the table. Where codes are
+    `dequantized` the table is their unit, and there are no shapes.
     """
     helper = onnx_module().helper
     own, default = helper.make_opsetid(DOMAIN, 1), helper.make_opsetid("", opset)
     decode = helper.make_function(DOMAIN, "Decode", ["codes", "table", "shape"], ["values"], [
         helper.make_node("Cast", ["codes"], ["index"], to=6), helper.make_node("Gather", ["table", "index"], ["v"]),
         helper.make_node("Reshape", ["v", "shape"], ["values"])], [default])
-    inputs = ["x", "a", "core", "b", "table", "shape_a", "shape_b"]
+    inputs = ["x", "a", "core", "b", "table", *([] if dequantized else ["shape_a", "shape_b"])]
     nodes = [helper.make_node("Cast", ["core"], ["c"], to=dtype)]
     if cut_a or cut_b:
         nodes.append(helper.make_node("Constant", [], ["zero"], value_ints=[0]))
         nodes.append(helper.make_node("Constant", [], ["one"], value_ints=[1]))
     for side, cut in (("a", cut_a), ("b", cut_b)):
         levels = f"q{side}"
+        if dequantized:
+            nodes.append(helper.make_node("DequantizeLinear", [side, "table"], [levels]))
+            continue
         nodes.append(helper.make_node("Decode", [side, "table", f"shape_{side}"], ["w" + side if cut else levels],
                                       domain=DOMAIN))
         if cut:
@@ -110,8 +133,8 @@ def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool) -> tuple[str, li
             nodes.append(helper.make_node("Slice", ["w" + side, "zero", f"n_{side}", "one"], [levels]))
     nodes += [helper.make_node("Transpose", ["qa"], ["qat"], perm=[1, 0]), helper.make_node("MatMul", ["x", "qat"], ["h"]),
               helper.make_node("MatMul", ["h", "c"], ["hc"]), helper.make_node("MatMul", ["hc", "qb"], ["y"])]
-    name = "Branch" + "A" * cut_a + "B" * cut_b + (f"_{dtype}" if dtype != 1 else "")
-    return name, [decode, helper.make_function(DOMAIN, name, inputs, ["y"], nodes, [default, own])]
+    name = "Branch" + "8" * dequantized + "A" * cut_a + "B" * cut_b + (f"_{dtype}" if dtype != 1 else "")
+    return name, [*([] if dequantized else [decode]), helper.make_function(DOMAIN, name, inputs, ["y"], nodes, [default, own])]
 
 
 def _planes(b: Tensor, a: Tensor, bits: float) -> tuple[Array, Array, Array]:

@@ -16,7 +16,7 @@ from adaptc.formats.onnx.model import IR, Model, onnx_module, set_metadata
 from adaptc.formats.onnx.places import Place
 from adaptc.formats.onnx.slots import FLOAT_STORES, STORE, Slot, replaced_name, slot_for
 
-_UINT8 = 2
+_UINT8, _INT8 = 2, 3
 
 
 def patch(model: Model, sites: Mapping[str, Site], *, store: str, required: bool = False,
@@ -55,8 +55,9 @@ def _declare(edit: Edit, slot: Slot, store: str, dtype: int, required: bool) -> 
         inputs: list[tuple[str, int, list[int | str], tuple[int, ...]]] = [(slot.delta, dtype, ["k", out], (0, out))]
     elif slot.core:
         code = CODES[store]
-        inputs = [(slot.a, _UINT8, ["ra", code.nbytes(into)], (0, code.nbytes(into))),
-                  (slot.b, _UINT8, ["rb", code.nbytes(out)], (0, code.nbytes(out))),
+        byte = _INT8 if code.dequantized else _UINT8
+        inputs = [(slot.a, byte, ["ra", code.nbytes(into)], (0, code.nbytes(into))),
+                  (slot.b, byte, ["rb", code.nbytes(out)], (0, code.nbytes(out))),
                   (slot.core, FLOAT16, ["ra", "rb"], (0, 0))]
     else:
         held = FLOAT_STORES[store]
@@ -123,13 +124,14 @@ def _decoded(edit: Edit, add: Any, linear: Linear, slot: Slot, store: str) -> st
     """Return x Qa^T core Qb of a slot that holds codes."""
     code, sizes = CODES[store], {"a": slot.shape[1], "b": slot.shape[0]}
     wide = {side: code.nbytes(n) * code.per_byte for side, n in sizes.items()}
-    name, functions_ = functions(edit.model.opset, linear.dtype, wide["a"] != sizes["a"], wide["b"] != sizes["b"])
-    for function in functions_:
+    name, local = functions(edit.model.opset, linear.dtype, wide["a"] != sizes["a"], wide["b"] != sizes["b"],
+                            code.dequantized)
+    for function in local:
         edit.function(function)
     suffix = "" if linear.dtype == FLOAT else f".{linear.dtype}"
     table = edit.constant(f"adaptc.{store}{suffix}", code.table().astype(_numpy(linear.dtype)))
     # [0, n] rather than [0, -1]: with rank 0 there is nothing to infer a size from.
-    shapes = [edit.constant(f"adaptc.0x{w}", int64(0, w)) for w in wide.values()]
+    shapes = [edit.constant(f"adaptc.0x{w}", int64(0, w)) for w in wide.values() if not code.dequantized]
     ends = [edit.constant(f"adaptc.n{n}", int64(n)) for side, n in sizes.items() if wide[side] != n]
     made: str = add(name, linear.x, slot.a, slot.core, slot.b, table, *shapes, *ends, domain=DOMAIN)
     return made

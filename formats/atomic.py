@@ -18,8 +18,11 @@ _UNABLE = (errno.ENOSYS, errno.EINVAL)  # no such call here, or not on this file
 
 
 @contextmanager
-def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tuple[Path, ...] = ()) -> Iterator[Path]:
+def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tuple[Path, ...] = (),
+           room: Path | None = None) -> Iterator[Path]:
     """Yield a temporary path in the folder of `out`; on success flush it and rename it to `out`, else remove it.
+
+    `room` is another folder of the same file system for it.
 
     An existing `out` is replaced only with `force`, and never when it is one of `inputs` or contains one, or when it is
     a folder that holds files the output has not. A link in the way of a file is replaced itself, never what it points
@@ -29,7 +32,7 @@ def staged(out: Path, *, force: bool = False, folder: bool = False, inputs: tupl
     check(out, force=force, folder=folder, inputs=inputs)
     try:
         made = _parents(out.parent)
-        temp = Path(tempfile.mkdtemp(prefix=".adaptc-", dir=out.parent))
+        temp = Path(tempfile.mkdtemp(prefix=".adaptc-", dir=room or out.parent))
     except OSError as e:
         raise AdaptcError(f"{out.parent}: {e.strerror or e}") from e
     inside, done = temp / out.name, False

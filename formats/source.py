@@ -118,12 +118,16 @@ def open_source(path: str | Path, *, alpha: float | None = None) -> Source:
         raise AdaptcError(f"{e.filename or path}: {e.strerror or e}") from e
 
 
+def could_be_adapter(name: str) -> bool:
+    """Return whether a file of this name may hold an adapter: a known suffix, and not what lies beside adapters."""
+    return name.endswith(_SUFFIXES) and not name.startswith(_NOT_ADAPTERS)
+
+
 def _pick(folder: Path) -> Path:
     for name in KNOWN_FILES:
         if (folder / name).is_file():
             return folder / name
-    found = [p for p in sorted(folder.iterdir()) if p.suffix in _SUFFIXES and p.is_file()
-             and not p.name.startswith(_NOT_ADAPTERS)]
+    found = [p for p in sorted(folder.iterdir()) if could_be_adapter(p.name) and p.is_file()]
     if len(found) == 1:
         return found[0]
     if not found:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -179,7 +179,7 @@ def write_calibration(path: Path, moments: Mapping[str, Tensor], about: Mapping[
     tensors = {f"{p}{k}.{'xx' if m.dim() == 2 else 'x2'}": m
                for p, some in (("", moments), (_HELD, held or {})) for k, m in some.items()}
     for k, g in (gradients or {}).items():
-        tensors |= {f"{k}.{s}": t for s, t in asdict(g).items()}
+        tensors |= {f"{k}.{s}": t for s, t in vars(g).items()}
     with staged(path, force=force, inputs=inputs) as temp, temp.open("wb") as f:
         write_tensors(f, {k: t.float() for k, t in tensors.items()},
                       {"adaptc.calibration": json.dumps(dict(about), sort_keys=True)})

@@ -10,6 +10,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, fields, replace
 from enum import Enum
 from fnmatch import fnmatch
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -39,6 +40,7 @@ class Context:
     """What surrounds a run: base weights, calibration statistics, workers, device, progress, the target format.
 
     `size_of(adapter)` is the exact number of bytes the target format would write (tensors may be on the meta device).
+    `cache` is a folder for what a pass finds out about the base and can use again, None for the user's own.
     """
 
     base: Base | None = None
@@ -47,6 +49,7 @@ class Context:
     device: str = "cpu"
     progress: Callable[[str, int, int], None] | None = None
     size_of: Callable[[Adapter], int] | None = None
+    cache: Path | None = None
 
     def __post_init__(self) -> None:
         if self.jobs < 0:
@@ -132,16 +135,16 @@ class Pass(ABC):
         """
         for option in ("include", "exclude"):
             for p in getattr(self, option):
-                if not any(_matches(k, p) for k in adapter.deltas):
+                if not any(matches(k, p) for k in adapter.deltas):
                     raise UsageError(f"{option} pattern {p!r} fits none of {len(adapter.deltas)} parameters",
                                      hint=f"they are called {', '.join(list(adapter.deltas)[:2])}, ...")
         return [k for k, d in adapter.deltas.items() if not self.skips(k, d)]
 
     def skips(self, key: str, delta: Delta) -> str:
         """Return why this pass leaves a delta alone, "" when it does not."""
-        if any(_matches(key, p) for p in self.exclude):
+        if any(matches(key, p) for p in self.exclude):
             return "excluded"
-        if self.include and not any(_matches(key, p) for p in self.include):
+        if self.include and not any(matches(key, p) for p in self.include):
             return "not included"
         return "" if self.handles(delta) else f"{self.name} does not handle {kind(delta)}"
 
@@ -183,7 +186,7 @@ def _spec(step: Pass | Join) -> str:
     return print_spec(step.name, {k: v for k, (v, default) in values.items() if v != default})
 
 
-def _matches(key: str, pattern: str) -> bool:
+def matches(key: str, pattern: str) -> bool:
     """Return whether an fnmatch pattern fits the whole parameter name or any dotted part of it."""
     return any(fnmatch(key, p) for p in (pattern, f"*.{pattern}", f"{pattern}.*", f"*.{pattern}.*"))
 

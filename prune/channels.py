@@ -91,7 +91,7 @@ class Channels(Pass):
 
     def handles(self, delta: Delta) -> bool:
         """Return whether `delta` is one pair of factors of a matrix."""
-        return isinstance(delta, LowRank) and delta.a.ndim == 2
+        return isinstance(delta, LowRank) and len(delta.a.shape) == 2
 
     def plan(self, adapter: Adapter, ctx: Context) -> Mapping[str, Any]:
         """Return the modules to change: none for a ratio of 0, which asks for nothing."""

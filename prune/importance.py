@@ -122,7 +122,7 @@ def _score(part: Part, coupling: Coupling, criterion: Criterion, weights: Merged
 
 
 def _unit(scores: Tensor) -> Tensor:
-    return scores / (scores.norm() + _EPS)
+    return scores / (float(scores.norm()) + _EPS)
 
 
 def _statistics(calibration: Calibration | None, criterion: str) -> Calibration:

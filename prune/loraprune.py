@@ -197,7 +197,7 @@ def prune(model: Model, adapter: Adapter | None, options: Options, calibration: 
             _write_adapter(sliced, adapter, temp)
             write_map(temp / NAME, composed, {"spec": str(options), "version": __version__, "masked": options.masked,
                                               "model_type": model.arch.model, **(about or {})})
-    return Pruned(cuts, sliced, _shares(model, cuts, keep, options),
+    return Pruned(cuts, sliced, shares_of(model, cuts, keep, options),
                   {p.key: g.kind for g in model.groups for p in g.parts}, tuple(losses), _notes(model, keep, options))
 
 
@@ -214,7 +214,7 @@ def _write_adapter(sliced: Adapter | None, adapter: Adapter | None, folder: Path
         save(sliced, folder / "adapter", dialect="peft")
 
 
-def _shares(model: Model, cuts: Mapping[str, Cut], keep: Keep, options: Options) -> tuple[Share, ...]:
+def shares_of(model: Model, cuts: Mapping[str, Cut], keep: Keep, options: Options) -> tuple[Share, ...]:
     """Return sizes before and after of heads, channels and everything else; masked zeros count as gone parameters."""
     kind_of = {p.key: g.kind for g in model.groups for p in g.parts}
     totals: dict[str, list[int]] = {kind: [0, 0, 0, 0] for kind in ("heads", "ffn", "other")}

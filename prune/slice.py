@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import replace
@@ -14,31 +15,19 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter, Replacement
 from adaptc.base import Base
+from adaptc.base_files import read_object, weight_files
 from adaptc.errors import FormatError, NeedsError
 from adaptc.prune.cuts import Cut, slice_delta, spread_delta
 from adaptc.tensorfile import NAMES, TensorFile, header_of
 
 Edit = Callable[[], Tensor]
-_WEIGHTS = ("model.safetensors", "model.safetensors.index.json")
 _BESIDE = (".json", ".txt", ".model", ".jinja", ".tiktoken")
 _OWN = ("config.json", "adapter_config.json")
 
 
 def shard_files(folder: Path) -> list[Path]:
-    """Return the safetensors files that hold a model's weights: those of its index, the one file, or all there are."""
-    index, single = folder / _WEIGHTS[1], folder / _WEIGHTS[0]
-    if index.is_file():
-        try:
-            names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as e:
-            raise FormatError(f"{index.name}: has no weight_map") from e
-        missing = [n for n in names if not isinstance(n, str) or "/" in n or not (folder / n).is_file()]
-        if missing:
-            raise FormatError(f"{index.name}: names {missing[0]!r}, which is not in the folder")
-        return [folder / n for n in names]
-    if single.is_file():
-        return [single]
-    found = [p for p in sorted(folder.glob("*.safetensors")) if not p.name.startswith(("adapter_", "pruned_index"))]
+    """Return the safetensors files that hold a model's weights. Raises NeedsError where there are none."""
+    found = [p for p in weight_files(folder) if not p.name.startswith("pruned_index")]
     if not found:
         raise NeedsError(f"{folder} holds no safetensors weights",
                          hint="--base wants a model folder with config.json and *.safetensors")
@@ -105,17 +94,13 @@ def _made(base: Base, name: str, w: Tensor, cut: Cut | None, transposed: bool, m
 
 def _write_index(source: Path, out: Path) -> None:
     """Write the index of a sharded model with the new total size."""
-    index = source / _WEIGHTS[1]
-    if not index.is_file():
-        return
-    told = json.loads(index.read_text())
-    files = [TensorFile(p) for p in shard_files(source)]
-    written = {p.path.name: TensorFile(out / p.path.name) for p in files}
-    told["metadata"] = {**told.get("metadata", {}),
-                        "total_size": sum(t.nbytes(n) for t in written.values() for n in t)}
-    if "total_parameters" in told["metadata"]:
-        told["metadata"]["total_parameters"] = sum(t[n].numel() for t in written.values() for n in t)
-    (out / index.name).write_text(json.dumps(told, indent=2) + "\n")
+    for index in source.glob("*.safetensors.index.json"):
+        told = read_object(index)
+        written = [TensorFile(out / p.name) for p in shard_files(source)]
+        about = {**told.get("metadata", {}), "total_size": sum(t.nbytes(n) for t in written for n in t)}
+        if "total_parameters" in about:
+            about["total_parameters"] = sum(math.prod(t.info[n][1]) for t in written for n in t)
+        (out / index.name).write_text(json.dumps({**told, "metadata": about}, indent=2) + "\n")
 
 
 def slice_adapter(adapter: Adapter, base: Base, cuts: Mapping[str, Cut], *, masked: bool = False) -> Adapter:

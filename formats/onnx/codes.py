@@ -50,7 +50,8 @@ class Code:
         if self.dequantized:
             return np.array(self.unit, np.float32)
         digits = np.arange(256)[:, None] // len(self.levels) ** np.arange(self.per_byte) % len(self.levels)
-        return np.array(self.levels, np.float32)[digits] * np.float32(self.unit)
+        table: Array = np.array(self.levels, np.float32)[digits] * np.float32(self.unit)
+        return table
 
     def pack(self, index: Array) -> Array:
         """Return level numbers (rows, n) as bytes (rows, ceil(n / per_byte)); padding is the first level."""
@@ -131,10 +132,12 @@ def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool, dequantized: boo
         if cut:
             inputs.append(f"n_{side}")
             nodes.append(helper.make_node("Slice", ["w" + side, "zero", f"n_{side}", "one"], [levels]))
-    nodes += [helper.make_node("Transpose", ["qa"], ["qat"], perm=[1, 0]), helper.make_node("MatMul", ["x", "qat"], ["h"]),
+    nodes += [helper.make_node("Transpose", ["qa"], ["qat"], perm=[1, 0]),
+              helper.make_node("MatMul", ["x", "qat"], ["h"]),
               helper.make_node("MatMul", ["h", "c"], ["hc"]), helper.make_node("MatMul", ["hc", "qb"], ["y"])]
     name = "Branch" + "8" * dequantized + "A" * cut_a + "B" * cut_b + (f"_{dtype}" if dtype != 1 else "")
-    return name, [*([] if dequantized else [decode]), helper.make_function(DOMAIN, name, inputs, ["y"], nodes, [default, own])]
+    branch = helper.make_function(DOMAIN, name, inputs, ["y"], nodes, [default, own])
+    return name, [branch] if dequantized else [decode, branch]
 
 
 def _planes(b: Tensor, a: Tensor, bits: float) -> tuple[Array, Array, Array]:

@@ -57,7 +57,7 @@ class Edit:
         self._after.setdefault(id(node), []).extend(nodes)
 
     def first(self, *nodes: Any) -> None:
-        """Place nodes before all others."""
+        """Place nodes before all others; nodes of the graph among them move there."""
         self._first.extend(nodes)
 
     def replace_output(self, node: Any) -> tuple[str, str]:
@@ -69,8 +69,10 @@ class Edit:
     def finish(self) -> None:
         """Make the changes and drop initializers that nothing reads any more."""
         graph = self.model.graph
-        nodes = [*self._first]
+        nodes, moved = [*self._first], {id(n) for n in self._first}
         for node in graph.node:
+            if id(node) in moved:
+                continue
             nodes += [node, *self._after.get(id(node), ())]
         kept = [type(n).FromString(n.SerializeToString()) for n in nodes]
         del graph.node[:]
@@ -80,7 +82,7 @@ class Edit:
         self.model.proto.functions.extend(self._functions.values())
         if self._functions and all(o.domain != DOMAIN for o in self.model.proto.opset_import):
             self.model.proto.opset_import.add(domain=DOMAIN, version=1)
-        for cached in ("initializers", "value_info"):
+        for cached in ("initializers", "value_info", "inputs"):
             self.model.__dict__.pop(cached, None)
 
 

@@ -26,8 +26,8 @@ class Emitter:
     """Adds nodes to an edit; every method returns the name of the value it computes.
 
     Functions in the graph (domain adaptc):
-    Levels(codes, weights, powers, base, shape, table, scale, group[, low]) -> table[digit] * scale[row, column // group]
-    [+ low[row, column // group]] (rows, columns): words of bytes, split into digits below `base`, `powers` of it.
+    Levels(codes, weights, powers, base, shape, table, scale, group[, low]) -> table[digit] * scale[row, g] [+ low[row, g]]
+    (rows, columns), g = column // group: words of bytes, split into digits below `base`, `powers` of it.
     """
 
     def __init__(self, edit: Edit) -> None:

@@ -40,12 +40,11 @@ def matrix(emit: Emitter, delta: BaseFree) -> str:
     """Return dW^T (in, out) float32 of a sparse or spectral delta: gaps, cumulated, scattered into zeros."""
     if isinstance(delta, Sparse):
         out, into = delta.shape
-        at = delta.indices % into * out + delta.indices // into
-        order = torch.argsort(at)
-        flat = _scattered(emit, at[order], delta.values[order], delta.scale, out * into)
+        at, values = _in_order(delta, False)
+        flat = _scattered(emit, at, values, delta.scale, out * into)
         return emit.add("Reshape", flat, emit.hold(int64(into, out)))
     if isinstance(delta, Spectral):
-        flat = _scattered(emit, delta.indices, delta.values, 1.0, delta.shape[0] * delta.width)
+        flat = _scattered(emit, decoded(delta.indices), decoded(delta.values), 1.0, delta.shape[0] * delta.width)
         wide = emit.add("Cast", flat, to=DOUBLE)
         rows = emit.add("Mul", wide, emit.hold(np.array(delta.scale, np.float64)))
         found = _inverse(emit, rows, delta.basis(), delta.shape[0])
@@ -55,10 +54,17 @@ def matrix(emit: Emitter, delta: BaseFree) -> str:
 
 def entries(emit: Emitter, delta: Sparse, turned: bool) -> tuple[str, str]:
     """Return (indices, values) of a sparse delta in the flat (out, in) matrix, (in, out) unless `turned`."""
-    out, into = delta.shape
-    at = delta.indices if turned else delta.indices % into * out + delta.indices // into
+    return _positions(emit, *_in_order(delta, turned), delta.scale)
+
+
+def _in_order(delta: Sparse, turned: bool) -> tuple[Tensor, Tensor]:
+    """Return ascending flat positions in the (in, out) matrix, (out, in) if `turned`, and their values."""
+    (out, into), at, values = delta.shape, decoded(delta.indices).long(), decoded(delta.values)
+    if turned:
+        return at, values
+    at = at % into * out + at // into
     order = torch.argsort(at)
-    return _positions(emit, at[order], delta.values[order], delta.scale)
+    return at[order], values[order]
 
 
 def scaled(emit: Emitter, value: str, scale: float) -> str:

@@ -49,6 +49,7 @@ def linear_nodes(model: Model) -> list[Linear]:
     """Return every linear node of the main graph, in its order."""
     producers = {o: n for n in model.graph.node for o in n.output}
     out = []
+    model = Model(model.proto, model.path)  # initializers and inputs may have changed since they were looked at
     for node in model.graph.node:
         read = _READERS.get(node.op_type)
         found = read(model, producers, node) if read is not None else None
@@ -82,7 +83,7 @@ def _matmul(model: Model, producers: Mapping[str, Any], node: Any) -> Linear | N
             direct = direct and step.op_type == "Identity"
         weight = step.input[0]
     tensor = model.initializers.get(weight)
-    if tensor is None or len(tensor.dims) != 2:
+    if tensor is None or len(tensor.dims) != 2 or weight in model.inputs:  # a slot is no weight
         return None
     typed = model.initializers.get(scale, tensor)
     if typed.data_type not in FLOATS:

@@ -45,6 +45,13 @@ def match(model: Model, shapes: Mapping[str, tuple[int, ...]], weights: Base | N
     In turn: names of nodes and initializers, fused projections, and the values of `weights`. Raises NeedsError naming
     the first parameter without a node, FormatError for shapes of another base or a name that fits several modules.
     """
+    sites = match_some(model, shapes, weights)
+    _check_all(model, shapes, sites, linear_nodes(model), weights is not None)
+    return {key: sites[key] for key in shapes}
+
+
+def match_some(model: Model, shapes: Mapping[str, tuple[int, ...]], weights: Base | None = None) -> dict[str, Site]:
+    """Return the site of every parameter in `shapes` that a linear node runs; the rest is left out."""
     linears = linear_nodes(model)
     sites: dict[str, Site] = {}
     missing: list[str] = []
@@ -56,10 +63,9 @@ def match(model: Model, shapes: Mapping[str, tuple[int, ...]], weights: Base | N
             sites[key] = site
     if missing and weights is not None:
         sites |= _by_value(model, missing, shapes, linears, weights)
-    _check_all(model, shapes, sites, linears, weights is not None)
     for key, site in sites.items():
         _check_shape(site, shapes[key])
-    return {key: sites[key] for key in shapes}
+    return sites
 
 
 def _by_name(key: str, linears: Sequence[Linear]) -> Site | None:
@@ -106,7 +112,8 @@ def _part_sizes(known: Mapping[str, int], parts: tuple[str, ...], total: int) ->
     q = known.get("q_proj", total - 2 * (other or 0))
     kv = other if other is not None else (total - q) // 2
     if q + 2 * kv != total or min(q, kv) <= 0:
-        raise FormatError(f"{', '.join(f'{k} {n}' for k, n in known.items())} do not make up a fused product of {total}")
+        sizes = ", ".join(f"{k} {n}" for k, n in known.items())
+        raise FormatError(f"{sizes} do not make up a fused product of {total}")
     return [q, kv, kv]
 
 

@@ -44,7 +44,7 @@ def onnxruntime_module() -> Any:
 
 @dataclass(frozen=True, eq=False)
 class Model:
-    """A model proto and the file it came from; tensors in external files stay there until their values are asked for."""
+    """A model proto and the file it came from; tensors in other files stay there until they are asked for."""
 
     proto: Any
     path: Path
@@ -64,7 +64,7 @@ class Model:
         """name -> ValueInfoProto of inputs, outputs and intermediate values."""
         return {v.name: v for v in (*self.graph.value_info, *self.graph.input, *self.graph.output)}
 
-    @property
+    @cached_property
     def inputs(self) -> Mapping[str, Any]:
         """name -> ValueInfoProto of everything that can be fed."""
         return {v.name: v for v in self.graph.input}
@@ -200,4 +200,4 @@ def _move_out(onnx: Any, model: Model, file: Path) -> None:
 
 def tensor_proto(name: str, array: Array) -> Any:
     """Return an initializer of an array."""
-    return onnx_module().numpy_helper.from_array(np.ascontiguousarray(array), name)
+    return onnx_module().numpy_helper.from_array(np.asarray(array, order="C"), name)

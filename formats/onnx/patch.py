@@ -107,17 +107,18 @@ def _branch(edit: Edit, linear: Linear, parts: Sequence[tuple[Slot, Site]], stor
 
 def _product(edit: Edit, add: Any, linear: Linear, slot: Slot, store: str) -> str:
     """Return x A B for one slot."""
-    into, out = slot.shape[1], slot.shape[0]
     if slot.delta:
         edit.constant("adaptc.zero", int64(0))
         edit.constant("adaptc.last", int64(-1))
         rows = add("Shape", slot.delta, start=0, end=1)
-        return add("MatMul", add("Slice", linear.x, "adaptc.zero", rows, "adaptc.last"), slot.delta)
+        whole: str = add("MatMul", add("Slice", linear.x, "adaptc.zero", rows, "adaptc.last"), slot.delta)
+        return whole
     if slot.core:
         return _decoded(edit, add, linear, slot, store)
     same = FLOAT_STORES[store] == linear.dtype
     a, b = (n if same else add("Cast", n, to=linear.dtype) for n in (slot.a, slot.b))
-    return add("MatMul", add("MatMul", linear.x, a), b)
+    product: str = add("MatMul", add("MatMul", linear.x, a), b)
+    return product
 
 
 def _decoded(edit: Edit, add: Any, linear: Linear, slot: Slot, store: str) -> str:

@@ -6,9 +6,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from adaptc.errors import NeedsError
+from adaptc.errors import FormatError, NeedsError
+from adaptc.formats.onnx.linear import attribute
 from adaptc.formats.onnx.model import Model
-from adaptc.formats.onnx.names import SCOPES, strings_of, distance
+from adaptc.formats.onnx.names import SCOPES, distance, strings_of
 
 # Operator -> the inputs that hold its weight and its bias.
 _INPUTS = {"MatMul": (1, None), "Gemm": (1, 2), "LayerNormalization": (1, 2), "Conv": (1, 2), "Gather": (0, None),
@@ -71,9 +72,16 @@ def _place(model: Model, hits: Mapping[str, list[tuple[Any, int]]], shape: tuple
     if len(hits) != 1:
         return None
     (name, uses), = hits.items()
-    turned = tuple(model.initializers[name].dims) != tuple(shape)
-    if len(shape) == 2 and shape[0] == shape[1]:
-        node = uses[0][0]
-        turned = node.op_type == "MatMul" or (node.op_type == "Gemm" and not any(
-            a.name == "transB" and a.i for a in node.attribute))
-    return Place(name, tuple(uses), turned)
+    return Place(name, tuple(uses), turned(uses[0][0], tuple(model.initializers[name].dims), shape))
+
+
+def turned(node: Any, dims: tuple[int, ...], shape: tuple[int, ...]) -> bool:
+    """Return whether a parameter of `shape` lies transposed in the `dims` that a node reads; a square one by the node.
+
+    Raises FormatError for dims that are neither.
+    """
+    if dims not in (shape, shape[::-1]):
+        raise FormatError(f"node {node.name or node.op_type} reads {dims}, the adapter's tensor is {shape}")
+    if len(shape) != 2 or dims[0] != dims[1]:
+        return dims != shape
+    return node.op_type == "MatMul" or (node.op_type == "Gemm" and not attribute(node, "transB"))

@@ -45,6 +45,7 @@ class Slot:
     delta: str = ""
     rank: int | None = None
     dtype: int = FLOAT
+    nbytes: tuple[int, int] = (0, 0)  # of a row of codes of a and b
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -87,16 +88,15 @@ def slots_of(model: Model) -> dict[str, Slot]:
     return slots
 
 
-def _slot(model: Model, stem: str, names: Mapping[str, str]) -> Slot:
+def _slot(model: Model, stem: str, names: Mapping[str, Any]) -> Slot:
     if "delta" in names:
         dims = _dims(model.inputs[names["delta"]])
         return Slot(stem, (dims[1] or 0, dims[0] or 0), **names)
     a, b = model.inputs[names["a"]], model.inputs[names["b"]]
     rows, columns = _dims(a), _dims(b)
-    rank = rows[0] if "core" in names else rows[1]
-    # Of codes the dims count bytes; the module's own shape is that of the node, which the adapter's is held against.
-    shape = (0, 0) if "core" in names else (columns[1] or 0, rows[0] or 0)
-    return Slot(stem, shape, **names, rank=rank, dtype=int(a.type.tensor_type.elem_type))
+    if "core" in names:  # the dims count bytes, the module's own shape is not known
+        return Slot(stem, (0, 0), **names, rank=rows[0], nbytes=(rows[1] or 0, columns[1] or 0))
+    return Slot(stem, (columns[1] or 0, rows[0] or 0), **names, rank=rows[1], dtype=int(a.type.tensor_type.elem_type))
 
 
 def _dims(value: Any) -> list[int | None]:

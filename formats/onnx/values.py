@@ -86,6 +86,10 @@ def fed(key: str, delta: Delta, slot: Slot, store: str, *, bits: float, weight: 
             coded = encode(store, b.double().mT, a.double().mT, bits)
         except AdaptcError as e:
             raise type(e)(f"{key}: {e}", hint=e.hint) from e
+        widths = (coded[0].shape[1], coded[1].shape[1])
+        if slot.nbytes not in ((0, 0), widths):
+            raise FormatError(f"{key}: adapter is for shape {low.shape}, rows of {widths} bytes; input {slot.a} takes "
+                              f"{slot.nbytes}", hint="the model is not the base the adapter was made for")
         back_b, back_a = decode(store, *coded, (b.shape[1], a.shape[0]))
         error = relative_error(low, LowRank(back_a, back_b, None, 1.0, low.shape))
         return Fed({slot.a: coded[0], slot.b: coded[1], slot.core: coded[2], **gain}, error)
@@ -96,10 +100,10 @@ def fed(key: str, delta: Delta, slot: Slot, store: str, *, bits: float, weight: 
     arrays = {slot.a: cast(a, slot.dtype), slot.b: cast(b, slot.dtype)}
     error = 0.0
     if slot.dtype == FLOAT16:
-        rounded = LowRank(a.half().mT, b.half().mT, None, 1.0, low.shape)
-        if not bool(torch.isfinite(rounded.b).all() and torch.isfinite(rounded.a).all()):
+        half_a, half_b = a.half().mT, b.half().mT
+        if not bool(torch.isfinite(half_b).all() and torch.isfinite(half_a).all()):
             raise FormatError(f"{key}: values beyond float16's 65504", hint="--store float32")
-        error = relative_error(low, rounded)
+        error = relative_error(low, LowRank(half_a, half_b, None, 1.0, low.shape))
     return Fed(arrays | gain, error)
 
 
@@ -110,8 +114,8 @@ def nothing(slot: Slot, store: str) -> dict[str, Array]:
     if slot.delta:
         arrays[slot.delta] = np.zeros((0, out), _numpy(slot.dtype))
     elif slot.core:
-        code = CODES[store]
-        arrays = {slot.a: np.zeros((0, code.nbytes(into)), code.dtype), slot.b: np.zeros((0, code.nbytes(out)), code.dtype),
+        dtype = CODES[store].dtype
+        arrays = {slot.a: np.zeros((0, slot.nbytes[0]), dtype), slot.b: np.zeros((0, slot.nbytes[1]), dtype),
                   slot.core: np.zeros((0, 0), np.float16)}
     else:
         rank = slot.rank or 0

@@ -23,6 +23,7 @@ from adaptc.evidence.model import labels_of, load_model
 from adaptc.evidence.passages import Passage, batches, read_passages, split_passages
 from adaptc.evidence.rows import read_rows
 
+_SAVE_SHARE = 20.0  # a save waits this many times as long as the last one took
 Progress = Callable[[str, int, int], None]
 
 
@@ -99,7 +100,7 @@ def _work(run: Run, state: State, train: list[Any], held: list[Any], resumed: in
             run.step(batch, learn=done <= len(train))
             if progress:
                 progress("calibrate", done, total)
-            if done < total and time.monotonic() - saved >= max(every, 20 * state.cost):
+            if done < total and time.monotonic() - saved >= max(every, _SAVE_SHARE * state.cost):
                 state.save(done)
                 saved = time.monotonic()
     state.turn()

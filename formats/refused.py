@@ -35,9 +35,7 @@ class Refused(Format):
     writes: ClassVar[str] = ""
 
     def sniff(self, source: Source) -> Evidence | None:
-        """GGUF magic, or keys of the table."""
-        if source.magic[:4] == b"GGUF":
-            return Evidence(3, "magic GGUF")
+        """Keys of the table."""
         if "peft_type" in source.config:
             return None
         found = _find(source)
@@ -45,9 +43,6 @@ class Refused(Format):
 
     def read(self, source: Source) -> Adapter:
         """Raise UnsupportedError with the reason."""
-        if source.magic[:4] == b"GGUF":
-            raise UnsupportedError(f"{source.file.name}: GGUF adapters are not read, their names are llama.cpp's",
-                                   hint="compress the PEFT folder it was converted from, then convert that")
         found = _find(source)
         if found is None:
             raise UnsupportedError(f"{source.file.name}: no adapter that is refused by name")

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 from adaptc.bytesize import print_nbytes
@@ -18,8 +18,11 @@ if TYPE_CHECKING:
 
 
 def account(voice: Voice, opened: Opened, outcome: Outcome, target: Target, nbytes: int, written: bool,
-            losses: Sequence[str]) -> None:
-    """Show the report of one transformation; `nbytes` are those of the output."""
+            losses: Sequence[str], *, table: Table | None = None, more: Mapping[str, Any] | None = None) -> None:
+    """Show the report of one transformation; `nbytes` are those of the output.
+
+    `table` stands in place of that of ranks and errors; `more` is added to the JSON.
+    """
     adapter, rows, spec = outcome.adapter, outcome.rows, ",".join(s.spec for s in _new_steps(opened, outcome))
     carried = {**adapter.replaced, **adapter.extra}
     notes = [*target.notes, *outcome.notes, *_counted(rows)]
@@ -32,13 +35,15 @@ def account(voice: Voice, opened: Opened, outcome: Outcome, target: Target, nbyt
         "dialect": {"input": opened.format.id, "output": target.format.id},
         "bytes": {"before": opened.nbytes, "after": nbytes}, "ratio": ratio, "error": outcome.error,
         "modules": [_row(r) for r in rows], "carried": list(carried), "notes": notes, "losses": list(losses),
+        **(more or {}),
     }
     near = 0.995 < ratio < 1.005
     change = "same size" if near else f"{ratio:.3g}x smaller" if ratio > 1 else f"{1 / ratio:.3g}x larger"
     verb = "wrote" if written else "would write"
     last = (f"{verb} {target.shown}: {print_nbytes(nbytes)}, was {print_nbytes(opened.nbytes)} ({change}), "
             f"relative error {number(outcome.error)}")
-    blocks: list[Block] = [f"{opened.name}: {spec}", _table(rows, voice.verbose, outcome.error), Notes(notes),
+    shown = table or _table(rows, voice.verbose, outcome.error)
+    blocks: list[Block] = [f"{opened.name}: {spec}", shown, Notes(notes),
                            Notes([f"lost: {loss}" for loss in losses], wrong=True), last]
     voice.show(data, *blocks)
 

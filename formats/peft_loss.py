@@ -10,7 +10,7 @@ from torch import Tensor
 
 from adaptc.adapter import Adapter
 from adaptc.delta import Delta, Hadamard, Kron, LowRank, NeedsBase, Sum
-from adaptc.formats import peft_scale
+from adaptc.formats import peft_scale, peft_shira
 from adaptc.formats.peft_config import MOVED, module_of, own_config
 
 # Types that only replace parameters: written back as they came.
@@ -18,9 +18,11 @@ VERBATIM = ("LN_TUNING", "TRAINABLE_TOKENS")
 
 
 def losses(adapter: Adapter) -> list[str]:
-    """Return what a PEFT LoRA cannot say of `adapter`, one clause each."""
+    """Return what a PEFT LoRA, or SHIRA where all deltas fit one, cannot say of `adapter`, one clause each."""
     if verbatim(adapter):
         return []
+    if peft_shira.rank_of(adapter) is not None:
+        return peft_shira.losses(adapter)
     lost = [why for key, d in adapter.deltas.items() if (why := loss(adapter, key, d))]
     kept = {k: d for k, d in adapter.deltas.items() if d.nbytes and not is_bias(k, adapter.deltas)}
     kinds = Counter(d.kind for d in kept.values() if isinstance(d, NeedsBase) and d.kind in ("dora", *MOVED))

@@ -12,6 +12,7 @@ from adaptc.adapter import Adapter, Rows
 from adaptc.delta import Delta, Dense, LowRank, NeedsBase
 from adaptc.errors import UnsupportedError
 from adaptc.factor import decoded
+from adaptc.formats import peft_shira
 from adaptc.formats.peft_config import Draft, config_of, module_of
 from adaptc.formats.peft_keys import PREFIX
 from adaptc.formats.peft_loss import is_bias, loss, state_of, verbatim
@@ -24,6 +25,9 @@ def build(adapter: Adapter) -> tuple[dict[str, Tensor], dict[str, Any]]:
         names = adapter.origin.names
         return {names.get(k, PREFIX + k): v.values if isinstance(v, Rows) else v
                 for k, v in adapter.replaced.items()}, dict(adapter.origin.config)
+    r = peft_shira.rank_of(adapter)
+    if r is not None:
+        return peft_shira.build(adapter, r)
     draft, layout = Draft(), adapter.origin.layout
     experts: dict[str, list[tuple[str, LowRank]]] = {}
     attention: dict[str, LowRank] = {}

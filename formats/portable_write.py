@@ -18,15 +18,14 @@ from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.coded import Coded, JointCode
 from adaptc.delta import Delta, LowRank, NeedsBase
 from adaptc.errors import UnsupportedError
-from adaptc.factor import Encoded, Factor
+from adaptc.factor import Encoded
 from adaptc.formats.format import history_steps
 from adaptc.formats.portable_names import pack_names, unpack_names
 from adaptc.quant.directions import MAX_MODULES, PLAIN, Directions
-from adaptc.quant.golomb import Golomb
+from adaptc.quant.golomb import shorter
 from adaptc.tensorfile import NAMES
 
 VERSION = 1
-OWN_GROUP = 512  # bytes of manifest and headers that a module costs whose tensors are of no other's shape
 # Fields of each delta kind that hold a tensor or codes, and those that hold another delta.
 FACTORS = {"lowrank": ("a", "b", "core"), "dense": ("weight",), "sparse": ("indices", "values"),
            "spectral": ("indices", "values")}
@@ -136,7 +135,7 @@ def describe(d: Delta, held: list[Tensor], scales: list[float]) -> dict[str, Any
     for name in FACTORS.get(kind, ()):
         value = getattr(d, name)
         if name == "indices":
-            value = _coded(value, math.prod(d.shape), math.prod(d.shape[1:]))
+            value = shorter(value, math.prod(d.shape), math.prod(d.shape[1:]))
         if isinstance(value, Tensor):
             form[name] = _hold(value, held)
         elif isinstance(value, Encoded):
@@ -149,14 +148,6 @@ def describe(d: Delta, held: list[Tensor], scales: list[float]) -> dict[str, Any
         elif part is not None:
             form[name] = describe(part, held, scales) | {"shape": list(part.shape)}
     return form
-
-
-def _coded(indices: Factor, size: int, row: int) -> Factor:
-    """Return codes of rising flat indices where they pay for a group of their own, else the indices as they are."""
-    if isinstance(indices, Encoded) or indices.is_meta or indices.nbytes <= OWN_GROUP:
-        return indices
-    made = Golomb.encode(indices, size, row)
-    return made if made.nbytes + OWN_GROUP < indices.nbytes else indices
 
 
 def _hold(t: Tensor, held: list[Tensor]) -> int:

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor
 
 from adaptc.errors import FormatError, UsageError
-from adaptc.factor import Encoded
+from adaptc.factor import Encoded, Factor
 
 Ints = npt.NDArray[np.int64]
 Bytes = npt.NDArray[np.uint8]
 
 # Positions in a block, on average: its 12 bytes of table then cost 0.012 bits a position at most.
 FILL = 8192
+OWN_GROUP = 512  # bytes of manifest and headers that a module costs whose tensors are of no other's shape
 LARGEST = 2**31 - 1  # span and modulus; products of both stay within int64
 
 
@@ -122,6 +123,14 @@ class Golomb:
             made[at : at + count] += i * self.span - 1
             at, begin = at + count, begin + nbytes
         return made
+
+
+def shorter(indices: Factor, size: int, row: int) -> Factor:
+    """Return codes of rising indices where they pay for a group of their own in a container, else what is given."""
+    if isinstance(indices, Encoded) or indices.is_meta or indices.nbytes <= OWN_GROUP:
+        return indices
+    made = Golomb.encode(indices, size, row)
+    return made if made.nbytes + OWN_GROUP < indices.nbytes else indices
 
 
 def best_modulus(gaps: Ints, span: int) -> int:

@@ -119,13 +119,17 @@ def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool, dequantized: boo
         helper.make_node("Reshape", ["v", "shape"], ["values"])], [default])
     inputs = ["x", "a", "core", "b", "table", *([] if dequantized else ["shape_a", "shape_b"])]
     nodes = [helper.make_node("Cast", ["core"], ["c"], to=dtype)]
+    if dequantized:
+        zero = onnx_module().numpy_helper.from_array(np.zeros((), np.int8))
+        nodes.append(helper.make_node("Constant", [], ["zero_point"], value=zero))
     if cut_a or cut_b:
         nodes.append(helper.make_node("Constant", [], ["zero"], value_ints=[0]))
         nodes.append(helper.make_node("Constant", [], ["one"], value_ints=[1]))
     for side, cut in (("a", cut_a), ("b", cut_b)):
         levels = f"q{side}"
         if dequantized:
-            nodes.append(helper.make_node("DequantizeLinear", [side, "table"], [levels]))
+            # With the zero point left out, ONNX Runtime 1.32 quantises around the Transpose to unsigned bytes.
+            nodes.append(helper.make_node("DequantizeLinear", [side, "table", "zero_point"], [levels]))
             continue
         nodes.append(helper.make_node("Decode", [side, "table", f"shape_{side}"], ["w" + side if cut else levels],
                                       domain=DOMAIN))

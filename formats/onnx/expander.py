@@ -102,7 +102,7 @@ def _module(emit: Emitter, key: str, adapter: Adapter, slot: Slot, weight: Weigh
         inside = low.b.shape[1] if low.core is None else low.core.shape[1]
         _output(emit, slot.b, b, slot.dtype, [inside, low.b.shape[0]])
     if slot.gain:
-        _constant(emit, slot.gain, cast(gains(key, delta, weight), slot.dtype))
+        _constant(emit, slot.gain, cast(gains(key, delta, weight), slot.gain_dtype))
 
 
 def _output(emit: Emitter, name: str, value: str, dtype: int, dims: list[int]) -> None:

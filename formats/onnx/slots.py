@@ -46,6 +46,7 @@ class Slot:
     rank: int | None = None
     dtype: int = FLOAT
     nbytes: tuple[int, int] = (0, 0)  # of a row of codes of a and b
+    gain_dtype: int = FLOAT
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -89,14 +90,16 @@ def slots_of(model: Model) -> dict[str, Slot]:
 
 
 def _slot(model: Model, stem: str, names: Mapping[str, Any]) -> Slot:
+    types = {k: int(model.inputs[n].type.tensor_type.elem_type) for k, n in names.items()}
+    more = {**names, "gain_dtype": types.get("gain", FLOAT)}
     if "delta" in names:
         dims = _dims(model.inputs[names["delta"]])
-        return Slot(stem, (dims[1] or 0, dims[0] or 0), **names)
+        return Slot(stem, (dims[1] or 0, dims[0] or 0), **more, dtype=types["delta"])
     a, b = model.inputs[names["a"]], model.inputs[names["b"]]
     rows, columns = _dims(a), _dims(b)
     if "core" in names:  # the dims count bytes, the module's own shape is not known
-        return Slot(stem, (0, 0), **names, rank=rows[0], nbytes=(rows[1] or 0, columns[1] or 0))
-    return Slot(stem, (columns[1] or 0, rows[0] or 0), **names, rank=rows[1], dtype=int(a.type.tensor_type.elem_type))
+        return Slot(stem, (0, 0), **more, rank=rows[0], nbytes=(rows[1] or 0, columns[1] or 0))
+    return Slot(stem, (columns[1] or 0, rows[0] or 0), **more, rank=rows[1], dtype=types["a"])
 
 
 def _dims(value: Any) -> list[int | None]:

@@ -15,7 +15,7 @@ from adaptc.delta import BaseFree, Delta, LowRank, NeedsBase, Sparse
 from adaptc.errors import AdaptcError, FormatError, NeedsError, UnsupportedError
 from adaptc.factor import decoded
 from adaptc.formats.onnx.codes import CODES, decode, encode
-from adaptc.formats.onnx.linear import FLOAT, FLOAT16
+from adaptc.formats.onnx.linear import FLOAT16
 from adaptc.formats.onnx.model import Array, onnx_module
 from adaptc.formats.onnx.slots import Slot
 from adaptc.lowrank import low_rank
@@ -73,7 +73,7 @@ def full_matrix(delta: BaseFree) -> Tensor:
 
 def fed(key: str, delta: Delta, slot: Slot, store: str, *, bits: float, weight: Weight) -> Fed:
     """Return the arrays of one slot. Raises FormatError for a rank or shape that the slot does not take."""
-    gain = {slot.gain: cast(gains(key, delta, weight), slot.dtype if not slot.core else FLOAT)} if slot.gain else {}
+    gain = {slot.gain: cast(gains(key, delta, weight), slot.gain_dtype)} if slot.gain else {}
     if isinstance(delta, NeedsBase) and not slot.gain:
         raise UnsupportedError(f"{key}: the slot of {slot.stem} has no input for the magnitude of {delta.kind}",
                                hint="--slots patches the original base for this adapter, --merge folds it")
@@ -121,7 +121,7 @@ def nothing(slot: Slot, store: str) -> dict[str, Array]:
         rank = slot.rank or 0
         arrays = {slot.a: np.zeros((into, rank), _numpy(slot.dtype)), slot.b: np.zeros((rank, out), _numpy(slot.dtype))}
     if slot.gain:
-        arrays[slot.gain] = np.ones(out, _numpy(slot.dtype))
+        arrays[slot.gain] = np.ones(out, _numpy(slot.gain_dtype))
     return arrays
 
 

@@ -88,7 +88,8 @@ def _outside(u0: Tensor, b: Tensor) -> Tensor:
     if u0.shape[0] <= u0.shape[1]:
         return u0[:, :0]
     u, s, _ = torch.linalg.svd(b - u0 @ (u0.mT @ b), full_matrices=False)
-    extra = u[:, s > 1e-10 * torch.linalg.matrix_norm(b)]
+    # u0 is orthonormal to float32: what is smaller than that may lie in its span and is no direction of its own
+    extra = u[:, : u0.shape[0] - u0.shape[1]][:, (s > 1e-6 * torch.linalg.matrix_norm(b))[: u0.shape[0] - u0.shape[1]]]
     return torch.linalg.qr(extra - u0 @ (u0.mT @ extra)).Q
 
 

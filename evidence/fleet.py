@@ -114,7 +114,8 @@ def plan(units: Sequence[Unit], order: Order, out: str, history: History, *, for
     suffixes = _suffixes()
     for unit in units:
         last, known = history.finished.get(unit.name), ""
-        if last is not None and not force and _intact(last, there, out, verify):
+        whole = last is not None and _intact(last, there, out, verify)
+        if last is not None and whole and not force:
             if (last.get("recipe"), last.get("version")) != (order.digest, __version__):
                 said = f"{last.get('spec') or 'another recipe'} by adaptc {last.get('version')}"
                 others[said] = others.get(said, 0) + 1
@@ -126,8 +127,9 @@ def plan(units: Sequence[Unit], order: Order, out: str, history: History, *, for
         if not any(unit.name + s in there for s in ("", *suffixes)):
             clear.add(unit.name)
         source = unit.input if is_url(unit.input) else os.path.abspath(unit.input)
-        todo.append(Job(unit.name, source, unit.folder, tuple(unit.files), unit.nbytes, unit.stamp,
-                        out if is_url(out) else os.path.abspath(out), order, force or history.ours(unit.name), known))
+        place = out if is_url(out) else os.path.abspath(out)
+        todo.append(Job(unit.name, source, unit.folder, tuple(unit.files), unit.nbytes, unit.stamp, place, order,
+                        force or history.ours(unit.name), whole, known))
     if others:
         most = max(others, key=lambda k: others[k])
         raise UsageError(f"{out} holds {sum(others.values())} outputs of another recipe or version ({most})",

@@ -30,7 +30,7 @@ class Ray:
     def __init__(self, jobs: int = 0, address: str | None = None) -> None:
         self.jobs, self.address = jobs, address or os.environ.get("RAY_ADDRESS")
         self._ray: Any = None
-        self._mine = False
+        self._mine, self._window = False, 1
 
     def __enter__(self) -> Ray:
         for key, value in _QUIET.items():
@@ -44,7 +44,9 @@ class Ray:
         if self._mine:
             self._connect()
         try:
-            self.jobs = self.jobs or max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+            cores = max(1, int(self._ray.cluster_resources().get("CPU", 1)))
+            self.jobs = self.jobs or cores
+            self._window = 2 * self.jobs if self.jobs >= cores else self.jobs
             self._check_workers()
         except BaseException:
             self.__exit__(None, None, None)
@@ -57,13 +59,17 @@ class Ray:
             self._ray.shutdown()
 
     def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | Lost]]:
-        """Yield results as they come; as many tasks again as there are cores wait in line, and no more."""
+        """Yield results as they come.
+
+        As many tasks again as there are cores wait in line, and no more; none where the cluster has more cores than
+        `jobs`, which would take them at once.
+        """
         task = self._ray.remote(num_cpus=1, max_retries=0)(work)
         source = iter(jobs)
         pending: dict[Any, Job] = {}
         try:
             while True:
-                while len(pending) < 2 * self.jobs and (job := next(source, None)) is not None:
+                while len(pending) < self._window and (job := next(source, None)) is not None:
                     pending[task.remote(job)] = job
                 if not pending:
                     return

@@ -48,8 +48,8 @@ class Order:
 class Job:
     """One adapter to do. `files` lie in the folder `input`, or beside the file it is; `name` is its place in `out`.
 
-    `replace` allows an output to be there already. `known` is the content hash of an earlier, finished run: the same
-    content is not done again.
+    `replace` allows an output to be there already, `whole` says that all of it is an earlier run's. `known` is the
+    content hash of an earlier, finished run: the same content is not done again.
     """
 
     name: str
@@ -61,6 +61,7 @@ class Job:
     out: str
     order: Order
     replace: bool = False
+    whole: bool = False
     known: str = ""
     version: str = __version__
 
@@ -187,6 +188,8 @@ def _write(job: Job, name: str, folder: bool, source: Source, fmt: Format, store
         parent.mkdir(parents=True, exist_ok=True)  # from under another worker
     with staged(out, force=job.replace, folder=folder, inputs=(source.path, source.file), room=room) as made:
         fmt.write(stored, made)
+        if job.whole and folder and any(not (made / old.name).exists() for old in out.iterdir()):
+            out.rename(made.parent / "old")  # of another dialect: nothing of it is anybody else's
         return hashed(made)
 
 

@@ -141,6 +141,11 @@ def test_another_recipe_is_refused_in_the_same_folder(library: Path) -> None:
     assert adaptc.load("out/en/a0").deltas["model.layers.0.self_attn.q_proj.weight"].rank == 2
     assert len(batch("truncate{rank=1}", force=True)) == 4
     assert adaptc.load("out/en/a0").deltas["model.layers.0.self_attn.q_proj.weight"].rank == 1
+    Path("out/en/a2/notes").write_text("mine")
+    results = batch("quantize{bits=3}", force=True)  # replaces what a run made, and nothing else
+    assert statuses(results) == {"de/a1": "done", "en/a0": "done", "en/a2": "failed", "loose/style": "done"}
+    assert "which overwriting it would delete" in results["en/a2"].reason
+    assert "out/en/a2/notes" in {f"out/{p}" for p in tree(Path("out"))}
 
 
 @pytest.mark.parametrize(("spec", "error", "said"), [

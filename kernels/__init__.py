@@ -7,3 +7,21 @@ picks one. ADAPTC_KERNELS forces the choice: naive, triton (also on the CPU, thr
     q, p, core             run-time layout of an adapter, see `resident`
     plane                  one +-1 bit of every element of a direction; word: 16 planes
 """
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from adaptc.kernels.sparse.switch import SparseSwitch as SparseSwitch
+
+__all__ = ["SparseSwitch"]
+
+
+def __getattr__(name: str) -> Any:
+    """Import SparseSwitch when it is first asked for."""
+    if name == "SparseSwitch":
+        from adaptc.kernels.sparse.switch import SparseSwitch
+
+        return SparseSwitch
+    raise AttributeError(f"module 'adaptc.kernels' has no attribute '{name}'")

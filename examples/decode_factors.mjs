@@ -103,6 +103,11 @@ function weight(codec, s, shapes, m, n) {
     const [, q, ...kernel] = shapes.mid, size = kernel.reduce((a, b) => a * b, 1), inputs = shapes.down[1]
     return each((p, c) => sum(q, k => s.mid[(p * q + k) * size + c % size] * s.down[k * inputs + Math.floor(c / size)]))
   }
+  if (codec === 'lines') {
+    const [rows, cols] = [s.rows || [...Array(m).keys()], s.cols || [...Array(n).keys()]].map(x => Array.from(x, Number))
+    rows.forEach((i, p) => cols.forEach((j, q) => { out[i * n + j] = s.values[p * cols.length + q] }))
+    return out
+  }
   if (codec === 'circulant') {
     const [, q, b] = shapes.kernel
     return each((i, j) => s.kernel[(Math.floor(i / b) * q + Math.floor(j / b)) * b + (j % b - i % b + b) % b] / n)

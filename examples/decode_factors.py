@@ -68,6 +68,10 @@ def weight(codec, s, m, n):
     if codec == "tucker":
         mid, down = np.float64(s["mid"]), np.float64(s["down"])
         return np.einsum("pqk,qi->pik", mid.reshape(*mid.shape[:2], -1), down).reshape(m, n)
+    if codec == "lines":
+        made, rows, cols = np.zeros((m, n)), s.get("rows", np.arange(m)), s.get("cols", np.arange(n))
+        made[np.ix_(rows, cols)] = s["values"].reshape(len(rows), len(cols))
+        return made
     if codec == "circulant":
         turn = np.arange(s["kernel"].shape[2])
         return np.float64(s["kernel"])[..., turn - turn[:, None]].transpose(0, 2, 1, 3).reshape(m, n) / n

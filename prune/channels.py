@@ -16,53 +16,49 @@ from adaptc.factor import Encoded, decoded
 from adaptc.passes import Change, Context, Pass
 from adaptc.quant.codec import expect
 
+_AXES = ("rows", "cols")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Lines:
-    """A factor of which only some lines along its long axis are stored, the rest are zero.
+    """A factor of which only some rows, or only some columns, are stored; the others are zero.
 
-    Streams: `kept` (int32, sorted places), `values` ((k * rank,) in the factor's dtype, line after line). `axis` is
-    the axis of the lines: 0 the rows of B, 1 the columns of A.
+    Streams: `rows` or `cols` (int32, sorted places along that axis), and `values`, the stored part flattened row by row
+    in the factor's dtype.
     """
 
     id: ClassVar[str] = "lines"
-    axis: int = 0
-
-    def __post_init__(self) -> None:
-        """Refuse options that come wrong out of a file."""
-        if type(self.axis) is not int or self.axis not in (0, 1):
-            raise UsageError(f"lines run along axis 0 or 1, not {str(self.axis)[:40]!r}")
 
     @classmethod
     def encode(cls, factor: Tensor, kept: Tensor, axis: int) -> Encoded:
-        """Return the lines `kept` (sorted) of a factor as codes."""
-        values = factor.index_select(axis, kept)
-        lines = values if axis == 0 else values.T
-        return Encoded(cls.id, {"axis": axis}, {"kept": kept.to(torch.int32), "values": lines.flatten()},
-                       factor.shape, factor.dtype)
+        """Return the rows (axis 0) or columns (axis 1) `kept`, sorted, of a factor as codes."""
+        streams = {_AXES[axis]: kept.to(torch.int32), "values": factor.index_select(axis, kept).flatten()}
+        return Encoded(cls.id, {}, streams, factor.shape, factor.dtype)
 
     def check(self, streams: Mapping[str, Tensor], shape: tuple[int, ...]) -> None:
         """Raise FormatError for streams that cannot be those of a factor of this shape."""
         if len(shape) != 2:
             raise FormatError(f"{self.id} codes a matrix, not shape {tuple(shape)}")
-        kept, values = (streams.get(name) for name in ("kept", "values"))
+        axis = int(_AXES[1] in streams)
+        kept, values = streams.get(_AXES[axis]), streams.get("values")
         count = kept.numel() if kept is not None else 0
         dtype = values.dtype if values is not None and values.is_floating_point() else torch.float32
-        expect(self.id, streams, {"kept": (torch.int32, count), "values": (dtype, count * shape[1 - self.axis])})
+        expect(self.id, streams, {_AXES[axis]: (torch.int32, count), "values": (dtype, count * shape[1 - axis])})
         assert kept is not None
-        if count and not (bool((kept[1:] > kept[:-1]).all()) and 0 <= int(kept[0]) <= int(kept[-1]) < shape[self.axis]):
-            raise FormatError(f"{self.id}: kept is no sorted list of places below {shape[self.axis]}")
+        if count and not (bool((kept[1:] > kept[:-1]).all()) and 0 <= int(kept[0]) <= int(kept[-1]) < shape[axis]):
+            raise FormatError(f"{self.id}: {_AXES[axis]} is no sorted list of places below {shape[axis]}")
 
     def decode(self, streams: Mapping[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
         """Return the factor. Raises FormatError for streams that do not fit the shape."""
         self.check(streams, shape)
-        lines = torch.zeros(shape[self.axis], shape[1 - self.axis], dtype=dtype)
-        lines[streams["kept"].long()] = streams["values"].reshape(-1, shape[1 - self.axis]).to(dtype)
-        return lines if self.axis == 0 else lines.T.contiguous()
+        axis = int(_AXES[1] in streams)
+        kept = streams[_AXES[axis]].long()
+        part = (len(kept), shape[1]) if axis == 0 else (shape[0], len(kept))
+        return torch.zeros(shape, dtype=dtype).index_copy_(axis, kept, streams["values"].reshape(part).to(dtype))
 
     def bits(self, shape: tuple[int, ...]) -> float:
-        """Return stored bits a value where every line is kept as float32: values, and a place for each line."""
-        return 32 + 32 / shape[1 - self.axis]
+        """Return stored bits a value where every row is kept as float32: its values, and its place."""
+        return 32 + 32 / shape[1]
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -10,11 +10,11 @@ import transformers
 from peft import LoraConfig, get_peft_model
 
 WORDS = 61
-_LLAMA = {"vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+_LLAMA = {"vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
           "num_attention_heads": 6, "num_key_value_heads": 3, "head_dim": 8, "max_position_embeddings": 64,
           "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
 _ALL = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
-_BERT = {"vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 3,
+_BERT = {"vocab_size": WORDS, "hidden_size": 24, "intermediate_size": 20, "num_hidden_layers": 2,
          "num_attention_heads": 3, "max_position_embeddings": 66, "pad_token_id": 0}
 _BERT_TARGETS = ["query", "key", "value", "output.dense", "intermediate.dense"]
 
@@ -30,14 +30,14 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "smollm3": (_LLAMA, _ALL),
     "phi3": ({**_LLAMA, "hidden_size": 48}, ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]),
     "starcoder2": (_LLAMA, ["q_proj", "k_proj", "v_proj", "o_proj", "c_fc", "c_proj"]),
-    "gpt2": ({"vocab_size": WORDS, "n_embd": 24, "n_layer": 3, "n_head": 3, "n_positions": 64, "n_inner": 20,
+    "gpt2": ({"vocab_size": WORDS, "n_embd": 24, "n_layer": 2, "n_head": 3, "n_positions": 64, "n_inner": 20,
               "bos_token_id": 1, "eos_token_id": 2}, ["c_attn", "attn.c_proj", "c_fc", "mlp.c_proj"]),
     "bert": (_BERT, _BERT_TARGETS),
     "roberta": (_BERT, _BERT_TARGETS),
     "xlm-roberta": (_BERT, _BERT_TARGETS),
     "camembert": (_BERT, _BERT_TARGETS),
     "electra": ({**_BERT, "embedding_size": 24}, _BERT_TARGETS),
-    "distilbert": ({"vocab_size": WORDS, "dim": 24, "hidden_dim": 20, "n_layers": 3, "n_heads": 3,
+    "distilbert": ({"vocab_size": WORDS, "dim": 24, "hidden_dim": 20, "n_layers": 2, "n_heads": 3,
                     "max_position_embeddings": 64, "pad_token_id": 0}, ["q_lin", "v_lin", "lin1", "lin2"]),
 }
 DECODERS = tuple(k for k in CONFIGS if k not in ("bert", "roberta", "xlm-roberta", "camembert", "electra",

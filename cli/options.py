@@ -36,7 +36,8 @@ reading = _stack(
     click.option("--dialect", metavar="ID", help="Read as this dialect instead of recognising it."),
 )
 working = _stack(
-    click.option("--base", type=click.Path(), metavar="DIR", help="Base model: folder or safetensors file."),
+    click.option("--base", type=click.Path(), metavar="DIR",
+                 help="Base model: folder, safetensors or GGUF file, Hub id."),
     click.option("--jobs", type=click.IntRange(min=0), default=0, metavar="N", help="Worker threads (0: all cores)."),
     click.option("--device", default="cpu", metavar="NAME", help="Where the algebra runs: cpu, cuda, ...",
                  show_default=True),

@@ -130,7 +130,8 @@ def _report(out: Path, run: Run, state: State, about: dict[str, Any], resumed: i
     layers = []
     for key, leader in run.moments.leaders.items():
         own = about["counts"].get(key, about)
-        layers.append(Seen(key, len(state.train[leader]), own["tokens"], own["held_tokens"],
+        moment = state.train[leader] if leader in state.train else state.held[leader]
+        layers.append(Seen(key, len(moment), own["tokens"], own["held_tokens"],
                            "" if leader == key else leader, key in run.gradients))
     notes = [f"went on after {resumed} batches of an earlier run"] if resumed else []
     if run.adapter is not None:

@@ -13,7 +13,7 @@ from torch.nn.functional import cross_entropy
 from adaptc.adapter import Adapter
 from adaptc.calibration import Gradient
 from adaptc.delta import NeedsBase
-from adaptc.errors import FormatError, NeedsError, UsageError
+from adaptc.errors import FormatError, NeedsError, UnsupportedError, UsageError
 from adaptc.evidence.calibrate_request import Request, chosen_layers
 from adaptc.evidence.gradients import Importance
 from adaptc.evidence.model import Loaded, Task, applied
@@ -64,11 +64,21 @@ class Run:
             yield
 
     def step(self, batch: Batch, learn: bool) -> None:
-        """Run one batch; take gradients from it where they are wanted and it is one to `learn` from."""
+        """Run one batch; take gradients from it where they are wanted and it is one to `learn` from.
+
+        Raises UnsupportedError for models that want more than tokens and a mask, FormatError for a tokenizer that does
+        not belong to the model.
+        """
         learn = learn and self.importance is not None
         extra = {"use_cache": False} if self.task == "lm" else {}
         with self.moments.batch(batch.mask), torch.set_grad_enabled(learn):
-            out = self._call(input_ids=batch.ids, attention_mask=batch.mask.long(), **extra)
+            try:
+                out = self._call(input_ids=batch.ids, attention_mask=batch.mask.long(), **extra)
+            except (TypeError, ValueError) as e:
+                raise UnsupportedError(f"{type(self.model).__name__} does not run on text alone ({e})") from e
+            except IndexError as e:
+                raise FormatError(f"the tokenizer gives token {int(batch.ids.max())}, {type(self.model).__name__} has "
+                                  f"{self.model.get_input_embeddings().num_embeddings}") from e
             if learn and self.importance is not None:
                 self.importance.step(_loss(out.logits, batch, self.task))
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext, redirect_stderr
 from dataclasses import dataclass
+from io import StringIO
 from pathlib import Path
 from typing import Any, Literal, cast
 
@@ -56,7 +57,8 @@ def load_model(base: str | Path, task: Task, labels: int | None = None, dtype: t
         if labels is not None and task == "classify":
             extra["num_labels"] = labels
         kind = getattr(transformers, _CLASSES[task])
-        model, info = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
+        with redirect_stderr(StringIO()) if gguf else nullcontext():  # its bar of GGUF tensors heeds no setting
+            model, info = kind.from_pretrained(where, dtype=dtype, output_loading_info=True, **extra)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as e:
         raise _told(str(base), e) from e
     return Loaded(model.eval().requires_grad_(False), tokenizer, str(base), tuple(sorted(info["missing_keys"])))

@@ -16,6 +16,7 @@ from torch import Tensor
 from adaptc.errors import AdaptcError, FormatError, UsageError
 from adaptc.formats.config_json import read_config
 from adaptc.formats.payload import load_npz, load_pickle, tensors_of
+from adaptc.hub import fetch, is_hub_id
 from adaptc.tensorfile import TensorFile
 
 # Names that tell which of several files in a folder is the adapter, best first.
@@ -137,16 +138,6 @@ def _pick(folder: Path) -> Path:
 
 
 def _from_hub(name: str) -> Path:
-    parts = name.split("/")
-    if len(parts) != 2 or not all(parts) or name.startswith((".", "~")) or ".." in parts or name.endswith(_SUFFIXES):
+    if not is_hub_id(name, _SUFFIXES):
         raise UsageError(f"{name} does not exist")
-    try:
-        from huggingface_hub import snapshot_download
-    except ImportError as e:
-        raise UsageError(f"{name} does not exist here, and Hub ids need huggingface_hub",
-                         hint="pip install 'adaptc[hub]'") from e
-    try:
-        return Path(snapshot_download(name, allow_patterns=["*.json", "*.safetensors", "*.bin", "*.npz", "*.pt"]))
-    except Exception as e:  # the library raises a dozen types for offline, missing and forbidden
-        raise UsageError(f"{name} does not exist here and could not be fetched from the Hub: {type(e).__name__}",
-                         hint="check the name and the connection; gated repositories need `hf auth login`") from e
+    return fetch(name, ("*.json", "*.safetensors", "*.bin", "*.npz", "*.pt"))

@@ -6,7 +6,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
+from adaptc.adapter import Adapter, Origin
+from adaptc.delta import LowRank
+
+SCALE = 0.7  # of the adapters
 WORDS = [f"w{i}" for i in range(50)]
 
 
@@ -58,3 +63,17 @@ def write_rows(path: Path, rows: int, classes: int = 3) -> Path:
     lines = [f"{text(3 + i * 7 % 10, 100 + i)}\t{i % classes}" for i in range(rows)]
     path.write_text("\n".join(lines) + "\n")
     return path
+
+
+def drawn(*shape: int, seed: int) -> Tensor:
+    """Return normal numbers of a seed, float64."""
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+
+
+def lora(keys: dict[str, tuple[int, int]], c: float = 1.0) -> Adapter:
+    """Return rank-2 factors for parameters of given shapes, b times c and a over c."""
+    made = {}
+    for i, (key, (m, n)) in enumerate(keys.items()):
+        a, b = drawn(2, n, seed=10 + i) * 0.2 / c, drawn(m, 2, seed=20 + i) * 0.2 * c
+        made[key] = LowRank(a.float(), b.float(), None, SCALE, (m, n))
+    return Adapter(made, {}, Origin("peft"))

@@ -13,9 +13,10 @@ from typing import Any
 
 import pytest
 import torch
-from small_models import text, write_model, write_rows
+from small_models import lora, text, write_model, write_rows, write_tokenizer
 from torch import Tensor
 
+from adaptc.adapter import Adapter
 from adaptc.calibration import Calibration
 from adaptc.cli.main import main
 from adaptc.errors import FormatError, NeedsError, UsageError
@@ -41,7 +42,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def request(folder: Path, family: str, **how: Any) -> Request:
     data = "rows.tsv" if family == "bert" else "text.txt"
-    return Request(str(folder / family), folder / data, **{"window": 16, "batch": 3, **how})
+    return Request(**{"base": str(folder / family), "data": folder / data, "window": 16, "batch": 3, **how})
 
 
 def by_hand(base: Path, data: Path, task: Any, window: int, share: float) -> tuple[dict[str, Tensor], ...]:
@@ -145,31 +146,34 @@ def killed_after(done: int) -> Callable[[str, int, int], None]:
     return step
 
 
-def run_and_kill(asked: Request, out: Path, done: int) -> None:
+def run_and_kill(asked: Request, out: Path, adapter: Adapter, done: int) -> None:
     """Run in a child that kills itself after `done` batches, having saved after each one before."""
     child = os.fork()
     if not child:
-        calibrate(asked, out, every=0.0, progress=killed_after(done))
+        calibrate(asked, out, adapter, every=0.0, progress=killed_after(done))
         os._exit(1)  # never reached: a child that gets here was not killed
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == -signal.SIGKILL
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")
-@pytest.mark.parametrize("done", [3, 6])  # on the train side, and on the held one (batches 6 and 7)
-def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(done: int, folder: Path, tmp_path: Path,
+@pytest.mark.parametrize(("done", "gradients"), [(3, False), (3, True), (7, True)])  # 7 is on the held side
+def test_a_killed_run_goes_on_and_ends_with_the_same_bytes(done: int, gradients: bool, folder: Path, tmp_path: Path,
                                                            monkeypatch: pytest.MonkeyPatch) -> None:
-    asked = request(folder, "llama", held_out=0.25)
+    asked = request(folder, "llama", held_out=0.25, gradients=gradients)
+    adapter = lora({"model.layers.1.mlp.down_proj.weight": (16, 24)})
     whole, out = tmp_path / "whole", tmp_path / "out"
     monkeypatch.setattr("adaptc.evidence.calibrate._SAVE_SHARE", 0.0)
-    calibrate(asked, whole)
-    run_and_kill(asked, out, done)
+    calibrate(asked, whole, adapter)
+    run_and_kill(asked, out, adapter, done)
     partial = tmp_path / "out.partial"
     assert not out.exists()
     assert partial.is_file()
     with pytest.raises(UsageError, match="another request"):
-        calibrate(replace(asked, batch=4), out)
+        calibrate(replace(asked, batch=4), out, adapter)
+    with pytest.raises(UsageError, match="another request"):
+        calibrate(asked, out, lora({"model.layers.1.mlp.down_proj.weight": (16, 24)}, c=2.0))
     seen: list[int] = []
-    report = calibrate(asked, out, resume=True, progress=lambda label, at, total: seen.append(at))
+    report = calibrate(asked, out, adapter, resume=True, progress=lambda label, at, total: seen.append(at))
     assert seen == list(range(done, 8))  # what the killed run did last was not saved any more
     assert report.notes[0] == f"went on after {done - 1} batches of an earlier run"
     assert out.read_bytes() == whole.read_bytes()
@@ -202,6 +206,12 @@ def test_what_cannot_be_run(folder: Path, tmp_path: Path) -> None:
     ]:
         with pytest.raises(error, match=match):
             ask(**how)  # type: ignore[arg-type]
+    small = load_model(folder / "bert", "embed").model
+    small.resize_token_embeddings(20)
+    small.save_pretrained(tmp_path / "small")
+    write_tokenizer(tmp_path / "small")
+    with pytest.raises(FormatError, match=r"the tokenizer gives token \d\d, BertModel has 20"):
+        calibrate(request(folder, "bert", base=str(tmp_path / "small")), tmp_path / "out")
     with pytest.raises(NeedsError, match="no model that can be loaded"):
         calibrate(Request(str(tmp_path / "nothing"), folder / "text.txt"), tmp_path / "out")
     with pytest.raises(NeedsError, match="does not exist"):

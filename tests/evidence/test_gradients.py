@@ -7,13 +7,11 @@ from pathlib import Path
 
 import pytest
 import torch
-from small_models import text, write_model, write_rows
+from small_models import SCALE, drawn, lora, text, write_model, write_rows
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
-from adaptc.adapter import Adapter, Origin
 from adaptc.calibration import Calibration
-from adaptc.delta import LowRank
 from adaptc.errors import FormatError, NeedsError, UsageError
 from adaptc.evidence.calibrate import calibrate
 from adaptc.evidence.calibrate_request import Request
@@ -23,13 +21,6 @@ from adaptc.evidence.passages import batches, read_passages, split_passages
 from adaptc.evidence.rows import read_rows
 
 pytest.importorskip("transformers")
-SCALE = 0.7
-
-
-def drawn(*shape: int, seed: int) -> Tensor:
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-
-
 def layer(c: float = 1.0) -> tuple[Tensor, ...]:
     """Return weight, b, a of a layer with its scale inside, in a gauge of c, and dL/dM for a loss of tanh outputs."""
     w, b, a, x = drawn(9, 7, seed=1), drawn(9, 3, seed=2) * c * SCALE, drawn(3, 7, seed=3) / c, drawn(20, 7, seed=4)
@@ -83,14 +74,6 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     (root / "text.txt").write_text(text(200, 1))
     write_rows(root / "rows.tsv", 30)
     return root
-
-
-def lora(keys: dict[str, tuple[int, int]], c: float = 1.0) -> Adapter:
-    made = {}
-    for i, (key, (m, n)) in enumerate(keys.items()):
-        a, b = drawn(2, n, seed=10 + i) * 0.2 / c, drawn(m, 2, seed=20 + i) * 0.2 * c
-        made[key] = LowRank(a.float(), b.float(), None, SCALE, (m, n))
-    return Adapter(made, {}, Origin("peft"))
 
 
 LLAMA = {"model.layers.0.self_attn.q_proj.weight": (16, 16), "model.layers.1.mlp.down_proj.weight": (16, 24)}

@@ -9,6 +9,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from adaptc.factor import Factor, decoded
+
 if TYPE_CHECKING:
     from adaptc.quant.walsh import Transform
 
@@ -17,11 +19,12 @@ if TYPE_CHECKING:
 class Spectral:
     """dW = scale * F U on the (out, prod(rest)) view of `shape`; F.flatten()[indices] = values, zero elsewhere.
 
-    indices: (k,) int64, sorted, unique; values: (k,). `transform` names U (adaptc.quant.walsh), whose rows are the
-    basis: dW x = scale * F (U x). U is orthonormal, so ||dW||_F = |scale| ||values||. QWHA, arXiv 2509.17428.
+    indices: (k,) int64, sorted, unique, or codes of them (adaptc.quant.golomb); values: (k,). `transform` names U
+    (adaptc.quant.walsh), whose rows are the basis: dW x = scale * F (U x). U is orthonormal, so
+    ||dW||_F = |scale| ||values||. QWHA, arXiv 2509.17428.
     """
 
-    indices: Tensor
+    indices: Factor
     values: Tensor
     transform: str
     scale: float
@@ -37,6 +40,10 @@ class Spectral:
         """Stored bytes of indices and values."""
         return self.indices.nbytes + self.values.nbytes
 
+    def places(self) -> Tensor:
+        """Return the flat indices (k,) int64. Raises FormatError for codes that make no rising positions."""
+        return decoded(self.indices)
+
     def basis(self) -> Transform:
         """Return U. Raises FormatError if there is no transform of that name at this width."""
         from adaptc.quant.walsh import transform
@@ -46,7 +53,7 @@ class Spectral:
     def coefficients(self) -> Tensor:
         """Return scale * F (out, prod(rest)) dense, float64."""
         out = torch.zeros(self.shape[0] * self.width, dtype=torch.float64)
-        out[self.indices] = self.values.double() * self.scale
+        out[self.places()] = self.values.double() * self.scale
         return out.reshape(self.shape[0], self.width)
 
     def dense(self) -> Tensor:
@@ -55,7 +62,8 @@ class Spectral:
 
     def apply(self, x: Tensor) -> Tensor:
         """Return x @ dW^T for x (..., in): one fast transform of x, then gather, multiply, scatter-add to outputs."""
-        rows, cols = self.indices // self.width, self.indices % self.width
+        places = self.places()
+        rows, cols = places // self.width, places % self.width
         y = x.new_zeros(*x.shape[:-1], self.shape[0])
         return y.index_add_(-1, rows, self.basis().forward(x)[..., cols] * self.values.to(x.dtype)) * self.scale
 

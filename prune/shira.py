@@ -191,11 +191,19 @@ class Sparsify(Pass):
             middle = (low + high + 1) // 2
             cost = sum(_bytes(c, *shapes[k], item[k]) for k, c in split(middle).items())
             low, high = (middle, high) if fixed + cost <= self.size else (low, middle - 1)
-        changes = made(low)
-        while low and (over := file_size(changes) - self.size) > 0:
-            low = max(0, low - 1 - round(low * over / (self.size + over - fixed)))
-            changes = made(low)
-        return changes
+        best, fits, over, total = made(0), 0, most + 1, low
+        for _ in range(8):  # the estimate is within a percent but for the smallest files
+            changes = made(total)
+            real = file_size(changes)
+            if real <= self.size:
+                best, fits = changes, total
+            else:
+                over = total
+            if 0.99 * self.size < real <= self.size or fits + 1 >= over:
+                break
+            total = round(total * (self.size - fixed) / max(real - fixed, 1))
+            total = min(max(total, fits + 1), over - 1)
+        return best
 
     def delta(self, key: str, delta: Delta, setting: Any) -> Change:
         """Return the entries kept, with the error of what is stored (casts included)."""

@@ -97,6 +97,8 @@ class Quantize(Pass):
             note = (f"output error on the calibration inputs {errors[0]:.3g} when coded for dW, {errors[1]:.3g} when "
                     f"coded for outputs: the better was kept")
             code = weighted if errors[1] < errors[0] else code
+            if all(ctx.calibration.moment(k, "held") is not None for k in modules):
+                note += f", {output_error(modules, code, ctx.calibration, 'held'):.3g} on held-out inputs"
         return {k: Change(_with_inner(adapter.deltas[k], Coded(code, k, _inner(adapter.deltas[k]).shape)), note=note)
                 for k in keys}
 

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import torch
 
-from adaptc.calibration import Calibration
+from adaptc.calibration import Calibration, Split
 from adaptc.quant.rd import Module
 from adaptc.quant.rd_code import RateDistortion
 
@@ -29,7 +29,8 @@ def module_weights(modules: Mapping[str, Module], calibration: Calibration) -> d
     return {k: max(v, least) / size for k, v in raw.items()}
 
 
-def output_error(modules: Mapping[str, Module], code: RateDistortion, calibration: Calibration) -> float:
+def output_error(modules: Mapping[str, Module], code: RateDistortion, calibration: Calibration,
+                 split: Split = "train") -> float:
     """Return sqrt(sum_k g2_k E||(dW_k - dW'_k) x||^2 / sum_k g2_k E||dW_k x||^2), measured on what the code decodes."""
     lost = total = 0.0
     made = code.decode()
@@ -37,7 +38,7 @@ def output_error(modules: Mapping[str, Module], code: RateDistortion, calibratio
         b, a = torch.from_numpy(m.b).double() * m.scale, torch.from_numpy(m.a).double()
         b2, a2, s2 = made[k]
         sensitivity = calibration.sensitivity(k)
-        total += sensitivity * calibration.output_energy(k, b, a)
+        total += sensitivity * calibration.output_energy(k, b, a, split)
         both = torch.cat([b, -b2.double() * s2], 1), torch.cat([a, a2.double()], 0)
-        lost += sensitivity * calibration.output_energy(k, *both)
+        lost += sensitivity * calibration.output_energy(k, *both, split)
     return math.sqrt(lost / total) if total else 0.0

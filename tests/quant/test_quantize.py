@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import math
+import re
 from pathlib import Path
 
 import pytest
@@ -10,7 +12,7 @@ import torch
 
 import adaptc
 from adaptc.adapter import Adapter, Origin
-from adaptc.calibration import Calibration
+from adaptc.calibration import Calibration, write_calibration
 from adaptc.coded import Coded
 from adaptc.delta import LowRank, NeedsBase
 from adaptc.errors import AdaptcError, FormatError, NeedsError, UsageError
@@ -150,3 +152,21 @@ def test_statistics_that_do_not_fit(adapter: Adapter, tmp_path: Path) -> None:
 def test_options_that_make_no_sense(options: dict[str, object]) -> None:
     with pytest.raises(AdaptcError):
         Quantize(**options)  # type: ignore[arg-type]
+
+
+def test_the_report_has_the_error_on_both_sides(adapter: Adapter, tmp_path: Path) -> None:
+    g = torch.Generator().manual_seed(5)
+    sides = []
+    for count in (300, 40):
+        x = {k: torch.randn(count, d.shape[1], generator=g, dtype=torch.float64) for k, d in adapter.deltas.items()}
+        sides.append({k: v.T @ v / count for k, v in x.items()})
+    write_calibration(tmp_path / "s.safetensors", sides[0], {"tokens": 300, "held_tokens": 40}, held=sides[1])
+    outcome = Quantize(bits=1.0)(adapter, Context(calibration=Calibration(tmp_path / "s.safetensors")))
+    left = total = 0.0
+    for key, d in adapter.deltas.items():
+        w, gap = d.dense(), d.dense() - outcome.adapter.deltas[key].dense()
+        left += float(torch.trace(gap @ sides[1][key] @ gap.T))
+        total += float(torch.trace(w @ sides[1][key] @ w.T))
+    said = re.search(r"the better was kept, ([\d.]+) on held-out inputs", outcome.rows[0].note)
+    assert said is not None
+    assert float(said[1]) == pytest.approx(math.sqrt(left / total), rel=5e-3)

@@ -35,6 +35,8 @@ def command(sources: tuple[str, ...], plot: str | None, force: bool, any_base: b
 
     cosine: of the deltas as vectors. conflict: share of entries with opposite signs, 0.5 when unrelated. shared: mean
     squared cosine of the principal angles between output (input) spaces; near rank/size when unrelated, 1 when equal.
+    For sparse adapters, common: share of the smaller one's entries that both change; AWOM ||S1^T S2||, 0 where no row
+    is shared; AWOR: share of zeros in S1^T S2, 1 there.
     """
     from adaptc.passes import Context
     from adaptc.squeeze.compare import compare
@@ -56,7 +58,8 @@ def _data(found: Comparison) -> dict[str, Any]:
     def pairs(some: Any) -> list[dict[str, Any]]:
         return [{"pair": [found.names[i], found.names[j]], "cosine": p.cosine, "conflict": p.conflict,
                  "shared_output": p.shared_output, "shared_input": p.shared_input, "output_cosines": list(p.output),
-                 "input_cosines": list(p.input)} for (i, j), p in some.items()]
+                 "input_cosines": list(p.input), "common": p.common, "awom": p.awom, "awor": p.awor}
+                for (i, j), p in some.items()]
 
     total = [{k: v for k, v in p.items() if not k.endswith("_cosines")} for p in pairs(found.totals)]
     modules = [{"name": m.key, "norms": list(m.norms), "ranks": list(m.ranks), "pairs": pairs(m.pairs)}
@@ -66,9 +69,10 @@ def _data(found: Comparison) -> dict[str, Any]:
 
 def _blocks(found: Comparison, each: bool) -> list[Table]:
     """Return a table a pair: totals of all pairs first, then modules by kind."""
-    columns = (">cosine", ">conflict", ">shared out", ">shared in")
+    sparse = any(p.awom is not None for p in found.totals.values())
+    columns = (">cosine", ">conflict", ">shared out", ">shared in", *((">common", ">AWOM", ">AWOR") if sparse else ()))
     blocks = [Table(("adapters", *columns), [
-        (f"{found.names[i]} ~ {found.names[j]}", *_cells([p])) for (i, j), p in found.totals.items()])]
+        (f"{found.names[i]} ~ {found.names[j]}", *_cells([p], sparse)) for (i, j), p in found.totals.items()])]
     if len(found.totals) > 1 and not each:
         return blocks
     for i, j in found.totals:
@@ -76,18 +80,18 @@ def _blocks(found: Comparison, each: bool) -> list[Table]:
         for name, some in grouped(found.modules, each).items():
             having = [m for m in some if (i, j) in m.pairs]
             ratio = [m.norms[j] / m.norms[i] for m in having if m.norms[i]]
-            cells = _cells([m.pairs[i, j] for m in having])
+            cells = _cells([m.pairs[i, j] for m in having], sparse)
             lines.append((name, str(len(having)), *cells, number(sum(ratio) / len(ratio)) if ratio else "-"))
         title = f"{found.names[i]} ~ {found.names[j]}" if len(found.totals) > 1 else "module"
         blocks.append(Table((title, ">count", *columns, ">norm ratio"), lines))
     return blocks
 
 
-def _cells(pairs: Sequence[Pair]) -> tuple[str, ...]:
-    if not pairs:
-        return ("-",) * 4
-    return tuple(f"{sum(getattr(p, name) for p in pairs) / len(pairs):.3f}"
-                 for name in ("cosine", "conflict", "shared_output", "shared_input"))
+def _cells(pairs: Sequence[Pair], sparse: bool) -> tuple[str, ...]:
+    """Return the means of each measure over the pairs that have it."""
+    names = ("cosine", "conflict", "shared_output", "shared_input", *(("common", "awom", "awor") if sparse else ()))
+    known = ([v for p in pairs if (v := getattr(p, name)) is not None and v == v] for name in names)
+    return tuple(f"{sum(values) / len(values):.3f}" if values else "-" for values in known)
 
 
 def draw(found: Comparison, plot: str, force: bool) -> None:

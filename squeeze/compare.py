@@ -11,8 +11,10 @@ import torch
 from torch import Tensor
 
 from adaptc.adapter import Adapter
-from adaptc.delta import BaseFree, NeedsBase
+from adaptc.delta import BaseFree, NeedsBase, Sparse
+from adaptc.measure import norm2
 from adaptc.passes import Context, one_blas_thread, run
+from adaptc.prune.overlap import overlap
 from adaptc.report import rank_of
 from adaptc.squeeze.align import align
 from adaptc.squeeze.joint import Joint, absent, joint, part
@@ -29,6 +31,9 @@ class Pair:
     0.5 for unrelated deltas. output, input: cosines of the principal angles between the column spaces (row spaces) of
     dW_i and dW_j, descending; empty in totals. shared_output, shared_input: their mean square, the share of the smaller
     space that lies in the other; unrelated spaces of rank r in m dimensions have about r / m.
+
+    Of two sparse deltas the spaces say nothing (NaN, no angles). They have common, the share of the smaller one's
+    entries that the other stores too, and awom and awor (adaptc.prune.overlap); None for others.
     """
 
     cosine: float
@@ -37,6 +42,9 @@ class Pair:
     shared_input: float
     output: tuple[float, ...] = ()
     input: tuple[float, ...] = ()
+    common: float | None = None
+    awom: float | None = None
+    awor: float | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,7 +84,8 @@ def compare(adapters: Sequence[Adapter], names: Sequence[str], ctx: Context | No
     def one(key: str) -> Module:
         held = aligned.deltas[key]
         free = [d.inner if isinstance(d, NeedsBase) else d for d in held]
-        norms, pairs = _module(free, ctx.device)
+        some_sparse = all(d is None or isinstance(d, Sparse) for d in free)
+        norms, pairs = _sparse_module(free) if some_sparse else _module(free, ctx.device)
         ranks = tuple(rank_of(d) if d is not None else 0 for d in held)
         return Module(key, norms, ranks, {p: v for p, v in pairs.items() if held[p[0]] and held[p[1]]})
 
@@ -118,6 +127,20 @@ def _module(free: Sequence[BaseFree | None], device: str) -> tuple[tuple[float, 
     return tuple(norms.tolist()), pairs
 
 
+def _sparse_module(free: Sequence[BaseFree | None]) -> tuple[tuple[float, ...], dict[tuple[int, int], Pair]]:
+    """Return norms and pairs of one parameter that only sparse deltas change."""
+    norms = tuple(math.sqrt(norm2(d)) if d is not None else 0.0 for d in free)
+    pairs = {}
+    for i, j in combinations(range(len(free)), 2):
+        x, y = free[i], free[j]
+        if isinstance(x, Sparse) and isinstance(y, Sparse):
+            o, length = overlap(x, y), norms[i] * norms[j]
+            least = min(x.values.numel(), y.values.numel())
+            pairs[i, j] = Pair(o.dot / length if length else 0.0, o.conflicts / o.common if o.common else 0.0, math.nan,
+                               math.nan, common=o.common / least if least else 0.0, awom=o.awom, awor=o.awor)
+    return norms, pairs
+
+
 def _spaces(m: Tensor) -> tuple[Tensor, Tensor]:
     """Return orthonormal bases (p, r), (q, r) of the column and row space of m."""
     u, s, vh = torch.linalg.svd(m, full_matrices=False)
@@ -156,7 +179,10 @@ def _total(modules: Sequence[Module], pair: tuple[int, int]) -> Pair:
     dot = math.fsum(m.pairs[pair].cosine * m.norms[i] * m.norms[j] for m in having)
     length = math.sqrt(math.fsum(m.norms[i] ** 2 for m in modules) * math.fsum(m.norms[j] ** 2 for m in modules))
 
-    def mean(name: str) -> float:
-        return math.fsum(getattr(m.pairs[pair], name) for m in having) / len(having) if having else 0.0
+    def mean(name: str) -> float | None:
+        known = [v for m in having if (v := getattr(m.pairs[pair], name)) is not None and not math.isnan(v)]
+        return math.fsum(known) / len(known) if known else None
 
-    return Pair(dot / length if length else 0.0, mean("conflict"), mean("shared_output"), mean("shared_input"))
+    out, back = (math.nan if having and v is None else v or 0.0 for v in map(mean, ("shared_output", "shared_input")))
+    return Pair(dot / length if length else 0.0, mean("conflict") or 0.0, out, back, common=mean("common"),
+                awom=mean("awom"), awor=mean("awor"))

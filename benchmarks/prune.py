@@ -32,13 +32,14 @@ from adaptc.prune.loraprune import Options, open_model, prune
 
 WINDOWS, LENGTH = 16, 256
 TRAIN_LENGTH, RATE = 128, 3e-4
+DTYPE = torch.bfloat16  # of base weights and products: 3.3 times as fast as float32 on the CPU of the page
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("magnitude", {}), ("wanda", {}), ("adapter", {}), ("loraprune", {}),
-    ("loraprune, squared", {"squared": True}), ("loraprune, refit", {"refit": True}), ("wanda, refit", {"refit": True}))
+    ("magnitude", {}), ("wanda", {}), ("adapter", {}), ("loraprune", {}), ("loraprune, refit", {"refit": True}),
+    ("wanda, refit", {"refit": True}), ("loraprune, squared", {"squared": True}))
 
 
 def perplexity(model: Any, ids: torch.Tensor) -> float:
-    with torch.no_grad():
+    with torch.no_grad(), torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
         windows = ids[: WINDOWS * LENGTH].split(LENGTH)
         return math.exp(sum(model(input_ids=x[None], labels=x[None]).loss.item() for x in windows) / len(windows))
 
@@ -53,14 +54,16 @@ def train(model: Any, ids: torch.Tensor, steps: int) -> None:
         x = windows[order[step % len(order)]][None]
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 4) * (1 - step / steps)
-        model(input_ids=x, labels=x).loss.backward()
+        with torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
+            loss = model(input_ids=x, labels=x).loss
+        loss.backward()
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
     model.eval()
 
 
 def load(folder: Path, adapter: Path) -> Any:
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=DTYPE)
     return PeftModel.from_pretrained(model, adapter, is_trainable=True).eval()
 
 
@@ -97,15 +100,15 @@ def measure(args: argparse.Namespace, here: Path, work: Path) -> None:
     results = work / "results.jsonl"
     rows = [json.loads(line) for line in results.read_text().splitlines()] if results.exists() else []
     done = {(r["run"], r["ratio"]) for r in rows}
-    for ratio in (0.0, 0.2, 0.5):
-        for name, options in RUNS if ratio else (("whole", {}),):
-            if (name, ratio) in done:
-                continue
-            row = one(name, ratio, options, base, adapter, Calibration(statistics), test, text, args.steps, work)
-            rows.append(row)
-            with results.open("a") as f:
-                f.write(json.dumps(row) + "\n")
-            say(json.dumps(row))
+    todo = [("whole", 0.0, {}), *((name, ratio, options) for name, options in RUNS for ratio in (0.2, 0.5))]
+    for name, ratio, options in todo:
+        if (name, ratio) in done:
+            continue
+        row = one(name, ratio, options, base, adapter, Calibration(statistics), test, text, args.steps, work)
+        rows.append(row)
+        with results.open("a") as f:
+            f.write(json.dumps(row) + "\n")
+        say(json.dumps(row))
     table(rows, args.steps)
 
 

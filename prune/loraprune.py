@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -163,6 +163,7 @@ def prune(model: Model, adapter: Adapter | None, options: Options, calibration: 
     """
     weights = merged(model.base, adapter, model.shapes)
     keep = keep or target_widths(model, options)
+    keep = replace(keep, units={g.kind: min(keep.units[g.kind], g.units) for g in model.groups})
     cuts = plan(model, weights, options, keep, calibration, progress)
     sliced = None if adapter is None else slice_adapter(adapter, model.base, cuts, masked=options.masked)
     if sliced is not None and adapter is not None and cuts:

@@ -35,18 +35,23 @@ def in_steps(folder: Path, adapter: Adapter | None, options: Options, steps: int
     if options.masked:
         raise UsageError("a schedule slices between its steps and does not go with masking")
     first = open_model(folder, options.unit)
+    if options.unit == "auto":  # settled once: a model that a step left with one key-value head would say otherwise
+        options = replace(options, unit="kv" if first.arch.kv > 1 else "query")
     cuts: dict[str, Cut] = {}
     here, tuned, done = folder, adapter, None
+    final = target_widths(first, options)
     with TemporaryDirectory(prefix="adaptc-") as work:
         for i, ratio in enumerate(ratios(options.ratio, steps)):
             last, statistics = i == steps - 1, Path(work) / f"{i}.safetensors"
+            asked = target_widths(first, replace(options, ratio=ratio))
+            # Whole heads go in leaps, and channels make up for them: no step may remove what the last one would keep.
+            keep = replace(asked, units={kind: max(n, final.units[kind]) for kind, n in asked.units.items()})
             calibrate(here, tuned, statistics)
             place = out if last else Path(work) / f"step-{i}"
             done = prune(open_model(here, options.unit), tuned, options, Calibration(statistics), out=place,
-                         keep=target_widths(first, replace(options, ratio=ratio)), earlier=cuts,
-                         about={**(about or {}), "steps": steps}, force=force and last,
+                         keep=keep, earlier=cuts, about={**(about or {}), "steps": steps}, force=force and last,
                          inputs=(folder, *inputs), progress=progress)
             cuts = {**cuts, **{k: c.after(cuts[k]) if k in cuts else c for k, c in done.cuts.items()}}
             here, tuned = place or here, done.adapter
     assert done is not None
-    return replace(done, cuts=cuts, shares=shares_of(first, cuts, target_widths(first, options), options))
+    return replace(done, cuts=cuts, shares=shares_of(first, cuts, final, options))

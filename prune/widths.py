@@ -63,7 +63,8 @@ def widths(arch: Architecture, groups: Sequence[Coupling], shapes: Shapes, ratio
     target = ratio * sum(size[k] * whole[k] for k in kinds if k in chosen)
     keep = dict(whole)
     if heads:
-        keep["heads"] = _heads(arch, kinds["heads"], ratio, masked)
+        room = size["ffn"] * whole["ffn"] if ffn else None
+        keep["heads"] = _heads(arch, kinds["heads"], ratio, masked, target, size["heads"], room)
         target -= size["heads"] * (whole["heads"] - keep["heads"])
         if not ffn and keep["heads"] == whole["heads"]:
             raise UsageError(f"ratio {ratio:g} removes none of {whole['heads'] // kinds['heads'].blocks} head units",
@@ -75,13 +76,23 @@ def widths(arch: Architecture, groups: Sequence[Coupling], shapes: Shapes, ratio
     return Keep(keep, tuple(notes))
 
 
-def _heads(arch: Architecture, group: Coupling, ratio: float, masked: bool) -> int:
-    """Return the head units that stay: floor(units ratio) go of every run, fewer where the config would be refused."""
-    run = group.units // group.blocks
-    gone = min(int(run * ratio + 1e-9), run - 1)
-    per_unit = arch.heads // group.units
-    while arch.family.divides and not masked and arch.hidden % ((run - gone) * group.blocks * per_unit):
-        gone -= 1
+def _heads(arch: Architecture, group: Coupling, ratio: float, masked: bool, target: float, size: int, room: int | None
+           ) -> int:
+    """Return the head units that stay: floor(units ratio) go of every run, fewer where the config would be refused.
+
+    More go where the `room` parameters of the channels would otherwise lose more than halfway from `ratio` to all.
+    """
+    run, per_unit = group.units // group.blocks, arch.heads // group.units
+
+    def allowed(gone: int) -> bool:
+        return masked or not arch.family.divides or arch.hidden % ((run - gone) * group.blocks * per_unit) == 0
+
+    choices = [g for g in range(run) if allowed(g)]
+    gone = max(g for g in choices if g <= run * ratio + 1e-9)
+    for more in choices[choices.index(gone) + 1 :]:
+        if room is None or target - size * gone * group.blocks <= room * (1 + ratio) / 2:
+            break
+        gone = more
     return (run - gone) * group.blocks
 
 

@@ -58,10 +58,13 @@ def command(source: str, output: str | None, base: str, data: str, ranks: str | 
     """
     from adaptc.cli.reading import about, open_adapter
     from adaptc.evidence.curve import Bound, front
+    from adaptc.evidence.metrics import METRICS
     from adaptc.evidence.sweep import SOURCE, rank_of_all
     from adaptc.formats.atomic import check
 
     bound = Bound.parse(until) if until is not None else None
+    if metric is not None and metric not in METRICS:
+        raise UsageError(f"metric {metric} is not known", hint=f"known: {', '.join(METRICS)}")
     opened = open_adapter(source, alpha, dialect)
     out = Path(output) if output is not None else _beside(opened, ".sweep.json")
     if out.suffix not in (".json", ".csv"):

@@ -16,6 +16,7 @@ from adaptc.errors import FormatError, NeedsError, UnsupportedError
 
 Task = Literal["lm", "classify", "embed"]
 _CLASSES = {"lm": "AutoModelForCausalLM", "classify": "AutoModelForSequenceClassification", "embed": "AutoModel"}
+_TOKENIZERS = ("tokenizer*", "vocab*", "*.model", "merges.txt", "*.tiktoken", "bpe.codes")
 
 
 @dataclass(frozen=True, eq=False)
@@ -46,6 +47,8 @@ def load_model(base: str | Path, task: Task, labels: int | None = None, dtype: t
     gguf = path.suffix == ".gguf"
     if gguf and not path.is_file():
         raise NeedsError(f"{base} does not exist", hint="--base wants a model folder, a GGUF file or a Hub id")
+    if path.is_dir() and not any(any(path.glob(p)) for p in _TOKENIZERS):  # transformers would make an empty one
+        raise NeedsError(f"{base} holds no tokenizer")
     where = str(path.parent if gguf else base)
     extra: dict[str, Any] = {"gguf_file": path.name} if gguf else {}
     transformers.utils.logging.set_verbosity_error()  # type: ignore[no-untyped-call]

@@ -160,11 +160,13 @@ def nbytes_of(fmt: Format, adapter: Adapter) -> int:
 
 
 def without_head(adapter: Adapter) -> Adapter:
-    """Return the deltas alone: no carried tensors, and a config that promises none."""
-    config = {**adapter.origin.config}
+    """Return the deltas alone: no carried tensors, a config that promises none, and no mark of torch's file format."""
+    config, metadata = {**adapter.origin.config}, {**adapter.origin.metadata}
     if config.get("modules_to_save"):
         config["modules_to_save"] = None
-    return replace(adapter, replaced={}, extra={}, origin=replace(adapter.origin, config=config))
+    if metadata.get("format") == "pt":
+        del metadata["format"]
+    return replace(adapter, replaced={}, extra={}, origin=replace(adapter.origin, config=config, metadata=metadata))
 
 
 def rank_of_all(adapter: Adapter) -> int:

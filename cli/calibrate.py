@@ -78,8 +78,9 @@ def _table(found: Report, each: bool) -> Table:
         shared = sorted({s.shared if each else layer_type(s.shared) for s in some if s.shared})
         return f"as {', '.join(shared)}" if shared else "own"
 
+    extra = ("importance",) if any(s.importance for s in found.layers) else ()
     rows = [(name, str(len(some)), spread([s.inputs for s in some]), spread([s.tokens for s in some]),
-             spread([s.held_tokens for s in some]), moments(some), "yes" if any(s.importance for s in some) else "-")
+             spread([s.held_tokens for s in some]), moments(some),
+             *("yes" if any(s.importance for s in some) else "-" for _ in extra))
             for name, some in grouped(found.layers, each).items()]
-    return Table(("layer", ">count", ">inputs", ">tokens", ">held", "moments", "importance"), rows,
-                 spare=("importance", "held"))
+    return Table(("layer", ">count", ">inputs", ">tokens", ">held", "moments", *extra), rows, spare=(*extra, "held"))

@@ -16,8 +16,8 @@ from adaptc import __version__
 from adaptc.cli.options import example
 from adaptc.errors import AdaptcError, LossError, one_line
 
-COMMANDS = ("compress", "quantize", "merge", "sparsify", "prune", "calibrate", "compare", "inspect", "diff", "eval",
-            "sweep", "report", "convert", "export", "run", "batch", "decode", "verify")
+COMMANDS = ("compress", "quantize", "merge", "sparsify", "qwha", "prune", "calibrate", "compare", "inspect", "diff",
+            "eval", "sweep", "report", "convert", "export", "run", "batch", "decode", "verify")
 INTERRUPTED, TERMINATED, BUG = 130, 143, 70
 
 

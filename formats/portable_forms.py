@@ -13,7 +13,7 @@ from torch import Tensor
 from adaptc.coded import Coded
 from adaptc.delta import Delta, Dense, Hadamard, Kron, LowRank, NeedsBase, Sparse, Sum
 from adaptc.errors import FormatError, UsageError
-from adaptc.factor import Encoded, Factor, decoded
+from adaptc.factor import Encoded, Factor
 from adaptc.formats.config_json import deeper
 from adaptc.formats.peft_codecs import check_places
 from adaptc.formats.portable_write import FACTORS, PARTS
@@ -105,7 +105,7 @@ class _Module:
                 return Sparse(*self._entries(form, shape), scale, shape)
             case "spectral":
                 places, values = self._entries(form, shape)
-                spectral = Spectral(decoded(places), values, str(form["transform"]), scale, shape)
+                spectral = Spectral(places, values, str(form["transform"]), scale, shape)
                 spectral.basis()  # refuses a transform that this width has not
                 return spectral
             case "kron":

@@ -16,9 +16,11 @@ from adaptc.kernels.device import FLOATS
 from adaptc.kernels.runtime_branch import Beside, Branch, Constant, EmbeddingLow, Full, Low, Product, conv_low
 from adaptc.kernels.runtime_codes import residents
 from adaptc.kernels.runtime_match import Site, check_shape
+from adaptc.kernels.walsh.branch import SpectralBeside
 from adaptc.kernels.weight import plain_weight
 from adaptc.lowrank import low_rank
 from adaptc.resolve import SHAPE_ONLY, bound
+from adaptc.spectral import Spectral
 
 Built = tuple[tuple[Branch, ...], "Tensor | None"]  # branches, and DoRA's gain for each output
 
@@ -87,6 +89,9 @@ def _branches(delta: Delta, site: Site) -> tuple[Branch, ...]:
     if isinstance(delta, Sparse) and linear:
         m, n = site.shape
         return (Beside(sparse.by_rows(delta.places(), _floats(delta.values), (m, n)), delta.scale),)
+    if isinstance(delta, Spectral) and linear:
+        held = sparse.by_rows(delta.places(), _floats(delta.values), (site.shape[0], site.shape[1]))
+        return (SpectralBeside(held, delta.basis(), delta.scale),)
     if isinstance(delta, Dense) and linear:
         if isinstance(delta.weight, Encoded):
             raise UnsupportedError(f"a delta in code {delta.weight.codec} has no factors and does not run without "

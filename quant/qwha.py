@@ -142,6 +142,8 @@ class QWHA(Pass):
         def one(key: str) -> tuple[Delta, Row]:
             before = adapter.deltas[key]
             why = self.skips(key, before)
+            if not why and fitter.calibration.moment(key) is None:
+                why = "the calibration has no statistics of its inputs"
             if why:
                 return before, untouched(key, before, why)
             made = fitter(key, before)
@@ -163,6 +165,9 @@ class QWHA(Pass):
                 made = run(one, list(adapter.deltas), ctx, self.name)
         except AdaptcError as e:
             raise located(e, f"{self.name}: {e}") from e
+        if not found:
+            raise NeedsError(f"{self.name}: {fitter.calibration.path.name} has statistics of none of "
+                             f"{len(adapter.deltas)} layers", hint="adaptc calibrate --base with the same model")
         rows = tuple(row for _, row in made)
         quantizer = fitter.quantizer
         whole = len(sampled) == len(adapter.deltas)

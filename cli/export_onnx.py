@@ -111,4 +111,4 @@ def _account(request: Request, opened: Opened, plan: Plan, made: Made, out: Path
             "modules": [{"parameter": k, "node": n, "how": h} for k, n, h in made.modules],
             "bytes": {"float32": floats, "adapter": small or None}, "store": plan.store or "float32"}
     request.voice.show(data, Table(("parameter", "node", "found by"), rows), facts, Notes(made.notes),
-                       *(f"wrote {out / name}: {print_nbytes(n)}" for name, n in made.files.items()))
+                       Facts([("wrote", f"{out / name}: {print_nbytes(n)}") for name, n in made.files.items()]))

@@ -11,7 +11,8 @@ from torch import Tensor
 
 from adaptc.factor import Encoded, Factor
 from adaptc.formats.onnx.edit import DOMAIN, Edit, int64
-from adaptc.formats.onnx.integers import integer_rows, radix
+from adaptc.formats.onnx.emit_functions import levels_function, rice_function
+from adaptc.formats.onnx.integers import Rows, integer_rows, radix
 from adaptc.formats.onnx.model import Array, onnx_module
 from adaptc.quant.bilora import codebook
 from adaptc.quant.nf4 import BLOCK, LEVELS, OUTER, dynamic_map
@@ -23,12 +24,7 @@ Add = Callable[..., str]
 
 
 class Emitter:
-    """Adds nodes to an edit; every method returns the name of the value it computes.
-
-    Functions in the graph (domain adaptc):
-    Levels(codes, weights, powers, base, shape, table, scale, group[, low]) -> table[digit] * scale[row, g] [+ low[row, g]]
-    (rows, columns), g = column // group: words of bytes, split into digits below `base`, `powers` of it.
-    """
+    """Adds nodes to an edit; every method returns the name of the value it computes."""
 
     def __init__(self, edit: Edit) -> None:
         self.edit = edit
@@ -79,7 +75,7 @@ class Emitter:
         for turned in (factor.shape[0] > factor.shape[1], factor.shape[0] <= factor.shape[1]):
             array = (wide.T if turned else wide).contiguous().numpy()
             made_of = integer_rows(array)
-            if made_of is not None and sum(radix(g.base).size(g.digits.size) for g in made_of) < 2 * array.size:
+            if made_of is not None and sum(g.nbytes for g in made_of) < 2 * array.size:
                 return self._integers(made_of), turned
         return self.plain(wide), False
 
@@ -87,7 +83,7 @@ class Emitter:
         """Return table[digits] * scale (+ low), digits (rows, n), scale and low (rows or 1, groups)."""
         code = radix(base)
         name = "Levels" if low is None else "LevelsLow"
-        self.edit.function(_levels_function(self._opset, name, low is not None))
+        self.edit.function(levels_function(self._opset, name, low is not None))
         inputs = [self.hold(code.pack(digits.reshape(-1))), self.hold(256 ** np.arange(code.nbytes, dtype=np.int32)),
                   self.hold(code.powers.astype(np.int32)), self.hold(np.array(base, np.int32)),
                   self.hold(int64(*digits.shape)), self.hold(table.astype(np.float32)), self._wide(scale),
@@ -107,13 +103,27 @@ class Emitter:
         to = {torch.float16: FLOAT16, torch.bfloat16: BFLOAT16}.get(dtype)
         return value if to is None else self.add("Cast", self.add("Cast", value, to=to), to=FLOAT)
 
-    def _integers(self, groups: list[Any]) -> str:
-        parts = [self.levels(g.digits, g.base, np.arange(g.base) * g.step + g.lowest, g.scale[:, None],
-                             g.digits.shape[1]) for g in groups]
+    def _integers(self, groups: list[Rows]) -> str:
+        parts = [self._digits(g) if g.base else self._rice(g) for g in groups]
         if len(parts) == 1:
             return parts[0]
         order = np.argsort(np.concatenate([g.where for g in groups]), kind="stable")
         return self.add("Gather", self.add("Concat", *parts, axis=0), self.hold(order.astype(np.int64)), axis=0)
+
+    def _digits(self, g: Rows) -> str:
+        table = np.arange(g.base) * g.step + g.start
+        return self.levels(g.numbers, g.base, table, g.scale[:, None], g.numbers.shape[1])
+
+    def _rice(self, g: Rows) -> str:
+        unary, low = g.rice()
+        zero = self.hold(np.zeros((1, 1), np.float32))
+        if g.low:
+            one = np.ones((1, 1), np.float32)
+            zero = self.levels(low, 2**g.low, np.arange(2**g.low), one, low.shape[1])
+        self.edit.function(rice_function(self._opset))
+        whole = [self.hold(np.array(v, np.int64)) for v in (2**g.low, g.step, g.start)]
+        shape, scale = self.hold(int64(*g.numbers.shape)), self.hold(g.scale[:, None])
+        return self.add("Rice", self.hold(unary), zero, *whole, shape, scale, domain=DOMAIN)
 
     def _codes(self, factor: Encoded) -> tuple[str, bool] | None:
         """Return the values of a factor codec before their cast, None for a codec without a form here."""
@@ -147,32 +157,6 @@ class Emitter:
         code = torch.stack([s["codes"] >> 4, s["codes"] & 15], -1).reshape(1, -1)[:, : rows * n].numpy()
         flat = self.levels(code, 16, np.array(LEVELS, np.float32), block, BLOCK)  # type: ignore[arg-type]
         return self.add("Reshape", flat, self.hold(int64(rows, n)))
-
-
-def _levels_function(opset: int, name: str, low: bool) -> Any:
-    """Return the function Levels or LevelsLow (see Emitter)."""
-    helper = onnx_module().helper
-    n = helper.make_node
-    nodes = [
-        n("Constant", [], ["minus"], value_ints=[-1]), n("Constant", [], ["one"], value_ints=[1]),
-        n("Constant", [], ["zero"], value_ints=[0]), n("Constant", [], ["z"], value_int=0),
-        n("Constant", [], ["u"], value_int=1),
-        n("Shape", ["weights"], ["width"]), n("Concat", ["minus", "width"], ["words"], axis=0),
-        n("Reshape", ["codes", "words"], ["bytes"]), n("Cast", ["bytes"], ["ints"], to=INT32),
-        n("Mul", ["ints", "weights"], ["placed"]), n("ReduceSum", ["placed", "one"], ["word"], keepdims=1),
-        n("Div", ["word", "powers"], ["shifted"]), n("Mod", ["shifted", "base"], ["digits"]),
-        n("Reshape", ["digits", "minus"], ["flat"]), n("ReduceProd", ["shape"], ["count"], keepdims=1),
-        n("Slice", ["flat", "zero", "count"], ["used"]), n("Reshape", ["used", "shape"], ["index"]),
-        n("Gather", ["table", "index"], ["level"]),
-        n("Gather", ["shape", "u"], ["columns"]), n("Range", ["z", "columns", "u"], ["column"]),
-        n("Div", ["column", "group"], ["of"]),
-        n("Gather", ["scale", "of"], ["each"], axis=1),
-        n("Mul", ["level", "each"], ["scaled" if low else "values"]),
-    ]
-    if low:
-        nodes += [n("Gather", ["low", "of"], ["start"], axis=1), n("Add", ["scaled", "start"], ["values"])]
-    inputs = ["codes", "weights", "powers", "base", "shape", "table", "scale", "group", *(["low"] if low else [])]
-    return helper.make_function(DOMAIN, name, inputs, ["values"], nodes, [helper.make_opsetid("", opset)])
 
 
 def _numpy(dtype: int) -> Any:

@@ -1,7 +1,8 @@
 """Matrices as few integers: rows that are a float times small whole numbers, and digits packed into bytes.
 
 Rate-distortion codes (adaptc.quant.rd) and sign codes decode to such rows. An entropy coder has no place in an ONNX
-graph, so the exporter finds the integers again, exactly, and packs them at a fixed number of levels.
+graph, so the exporter finds the integers again, exactly, and packs them at a fixed number of levels, or in Rice codes,
+whose ends a graph finds all at once: they are the ones of a bit string.
 """
 
 from __future__ import annotations
@@ -13,7 +14,8 @@ import numpy as np
 from adaptc.formats.onnx.model import Array
 
 LARGEST = 2**15  # of an integer; a row with larger ones is no cheaper than float16
-_GROUP_NBYTES = 150  # what another node in the graph costs
+_GROUP_NBYTES = 200  # what another way of coding costs in nodes
+_LOWEST = 12  # Rice codes have fewer low bits
 
 
 @dataclass(frozen=True)
@@ -55,20 +57,41 @@ def radix(base: int) -> Radix:
 
 @dataclass(frozen=True)
 class Rows:
-    """Some rows of a matrix: value = scale[row] * level, levels lowest, lowest + step, ... by `digits` (rows, n)."""
+    """Some rows of a matrix: value = scale[row] * (start + step * number), numbers (rows, n) int64.
 
-    where: Array  # (rows,) their numbers in the matrix
-    digits: Array  # (rows, n) int64
+    Numbers lie in 0 .. base - 1, to be packed as digits; or `base` is 0, they have signs, and are Rice codes of `low`
+    bits: |number| in zigzag, its `low` lowest bits as a digit, the rest in unary (so many zeros, then a one).
+    """
+
+    where: Array  # (rows,) their places in the matrix
+    numbers: Array
     scale: Array  # (rows,) float32
-    lowest: int
+    start: int
     step: int
     base: int
+    low: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the codes."""
+        if self.base:
+            return radix(self.base).size(self.numbers.size)
+        unary, low = self.rice()
+        return len(unary) + (radix(2**self.low).size(low.size) if self.low else 0)
+
+    def rice(self) -> tuple[Array, Array]:
+        """Return the unary parts as packed bits, the first in the lowest, and the low bits as digits (rows, n)."""
+        zigzag = _zigzag(self.numbers)
+        ones = np.cumsum((zigzag >> self.low).reshape(-1) + 1) - 1
+        bits = np.zeros(int(ones[-1]) + 1 if len(ones) else 0, np.uint8)
+        bits[ones] = 1
+        return np.packbits(bits, bitorder="little"), zigzag & ((1 << self.low) - 1)
 
 
 def integer_rows(w: Array) -> list[Rows] | None:
-    """Return w (rows, n) float32 as integers with one scale a row, rows of similar range together.
+    """Return w (rows, n) float32 as integers with one scale a row, rows that are coded alike together.
 
-    scale * level is exact in float32 for every entry. None where a row is no float times integers below LARGEST.
+    scale * integer is exact in float32 for every entry. None where a row is no float times integers below LARGEST.
     """
     whole = _whole(w)
     if whole is None:
@@ -76,19 +99,41 @@ def integer_rows(w: Array) -> list[Rows] | None:
     q, scale = whole
     top = np.abs(q).max(1, initial=0)
     odd = (q % 2 != 0).all(1) & (top > 0)
-    base = np.where(odd, top + 1, 2 * top + 1).clip(2)
-    groups = []
-    for parity in (False, True):
-        mine = np.flatnonzero(odd == parity)
-        groups += [(parity, mine[part]) for part in _grouped(base[mine], w.shape[1])]
     out = []
-    for parity, where in groups:
-        high = int(top[where].max())
-        step = 2 if parity else 1
-        levels = int(base[where].max())
-        lowest = -high if parity else -(levels // 2)
-        out.append(Rows(where, (q[where] - lowest) // step, scale[where], lowest, step, levels))
+    for step in (1, 2):
+        mine = np.flatnonzero(odd == (step == 2))
+        numbers = (q[mine] - (step - 1)) // step
+        for base, low, part in _coded(numbers, np.where(step == 2, top[mine] + 1, 2 * top[mine] + 1).clip(2)):
+            start = (step - 1) - step * (base // 2) if base else step - 1
+            kept = numbers[part] + base // 2 if base else numbers[part]
+            out.append(Rows(mine[part], kept, scale[mine[part]], start, step, base, low))
     return out
+
+
+def _zigzag(numbers: Array) -> Array:
+    """Return 0, -1, 1, -2, ... as 0, 1, 2, 3, ..."""
+    return np.where(numbers >= 0, 2 * numbers, -2 * numbers - 1)
+
+
+def _coded(numbers: Array, bases: Array) -> list[tuple[int, int, Array]]:
+    """Return (base, low bits, rows) of groups: a few ways of coding, chosen greedily to take the fewest bytes."""
+    if not len(numbers):
+        return []
+    n, zigzag = numbers.shape[1], _zigzag(numbers)
+    ways = [(int(b), 0) for b in np.unique(bases)] + [(0, low) for low in range(_LOWEST)]
+    cost = np.stack([np.where(bases <= b, radix(b).size(n), np.inf) if b else
+                     ((zigzag >> low).sum(1) + n * (1 + low)) / 8 for b, low in ways])
+    chosen = [int((cost.sum(1)).argmin())]
+    while True:
+        now = cost[chosen].min(0)
+        gains = [float((now - np.minimum(now, c)).sum()) - _GROUP_NBYTES for c in cost]
+        best = int(np.argmax(gains))
+        if gains[best] <= 0:
+            break
+        chosen.append(best)
+    owner = cost[chosen].argmin(0)
+    groups = [(ways[c], np.flatnonzero(owner == i)) for i, c in enumerate(chosen)]
+    return [(base, low, part) for (base, low), part in groups if len(part)]
 
 
 def _whole(w: Array) -> tuple[Array, Array] | None:
@@ -114,19 +159,3 @@ def _whole(w: Array) -> tuple[Array, Array] | None:
     scale = np.ldexp(divisor.astype(np.float64), unit).astype(np.float32)
     exact = scale[:, None] * q.astype(np.float32)
     return (q, scale) if np.array_equal(exact, w) else None
-
-
-def _grouped(base: Array, n: int) -> list[Array]:
-    """Return row numbers in groups that pack at one base, chosen to take the fewest bytes (dynamic programming)."""
-    order = np.argsort(base, kind="stable")
-    sizes = [radix(int(base[i])).size(n) for i in order]
-    best: list[tuple[float, int]] = [(0.0, 0)]
-    for end in range(1, len(order) + 1):
-        cost = [(best[start][0] + sizes[end - 1] * (end - start) + _GROUP_NBYTES, start) for start in range(end)]
-        best.append(min(cost))
-    out, end = [], len(order)
-    while end:
-        start = best[end][1]
-        out.append(np.sort(order[start:end]))
-        end = start
-    return out

@@ -1,8 +1,7 @@
-"""An ONNX model on disk: opened without its external data, checked, and written with it linked beside."""
+"""An ONNX model on disk: opened without its external data, checked, and written with it beside."""
 
 from __future__ import annotations
 
-import os
 import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -115,13 +114,13 @@ def external(tensor: Any) -> dict[str, str]:
 
 
 def write_model(model: Model, out: Path) -> None:
-    """Write the proto to `out` and put the external files it refers to beside it, linked where the disk allows.
+    """Write the proto to `out` and copy the external files it refers to beside it.
 
     Tensors inside move to `<out>.added` where they would make the file larger than a protobuf can be.
     """
     onnx = onnx_module()
     for location in sorted({external(t)["location"] for t in model.graph.initializer if external(t)}):
-        _link(model.path.parent / location, out.parent / location)
+        _copy(model.path.parent / location, out.parent / location)
     inside = sum(len(t.raw_data) for t in model.graph.initializer)
     if inside > LARGEST_PROTO:
         _move_out(onnx, model, out.with_name(out.name + ".added"))
@@ -176,12 +175,10 @@ def _check_external(model: Model) -> None:
             raise FormatError(f"{tensor.name} ends at byte {end} of {location}, which has {file.stat().st_size}")
 
 
-def _link(source: Path, target: Path) -> None:
+def _copy(source: Path, target: Path) -> None:
+    """Copy a file of tensors. Not a link: onnx.checker takes external data with several links for an attack."""
     target.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        os.link(source.resolve(), target)
-    except OSError:
-        shutil.copyfile(source, target)
+    shutil.copyfile(source, target)
 
 
 def _move_out(onnx: Any, model: Model, file: Path) -> None:

@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from adaptc.errors import FormatError, NeedsError
 from adaptc.formats.onnx.linear import attribute
-from adaptc.formats.onnx.model import Model
+from adaptc.formats.onnx.model import Model, tensor_proto
 from adaptc.formats.onnx.names import SCOPES, distance, strings_of
 
 # Operator -> the inputs that hold its weight and its bias.
@@ -32,7 +34,7 @@ def find_places(model: Model, shapes: Mapping[str, tuple[int, ...]]) -> dict[str
     """Return where each parameter of `shapes` is read. Raises NeedsError for the first that is nowhere."""
     out = {}
     for key, shape in shapes.items():
-        place = _by_scope(model, key, shape) or _by_initializer(model, key, shape)
+        place = _by_scope(model, key, shape) or _by_initializer(model, key, shape) or _dropped(model, key, shape)
         if place is None:
             raise NeedsError(f"{key} {tuple(shape)} is replaced by the adapter, and {model.path.name} has no such "
                              "parameter", hint="export the base from its folder: --base HF-DIR")
@@ -61,6 +63,24 @@ def _by_initializer(model: Model, key: str, shape: tuple[int, ...]) -> Place | N
         if distance(name, key) is not None and _fits(model, name, shape):
             hits[name] = [(n, i) for n in model.graph.node for i, read in enumerate(n.input) if read == name]
     return _place(model, hits, shape)
+
+
+def _dropped(model: Model, key: str, shape: tuple[int, ...]) -> Place | None:
+    """Return the place of a bias of zeros that an exporter left out of a Gemm, put back there."""
+    module, _, leaf = key.rpartition(".")
+    for node in model.graph.node if leaf == "bias" else ():
+        weight = model.initializers.get(node.input[1]) if node.op_type == "Gemm" and len(node.input) == 2 else None
+        scopes = strings_of({p.key: p.value for p in node.metadata_props}.get(SCOPES, ""))
+        names = [*scopes[-2:-1], node.input[1].removesuffix(".weight")] if weight is not None else []
+        if weight is None or all(distance(name, module) is None for name in names):
+            continue
+        if weight.data_type != 1 or weight.dims[0 if attribute(node, "transB") else 1] != shape[0]:
+            continue
+        model.graph.initializer.append(tensor_proto(key, np.zeros(shape, np.float32)))
+        model.__dict__.pop("initializers", None)
+        node.input.append(key)
+        return Place(key, ((node, 2),), False)
+    return None
 
 
 def _fits(model: Model, name: str, shape: tuple[int, ...]) -> bool:

@@ -50,8 +50,9 @@ def run(arena: Path, task: str) -> dict[str, object]:
     observed = evaluate(loaded, read_rows(arena / task / "test.tsv"), fitted, "", Settings("classify"))
     found = {s: {e.metric: e for e in estimate(("accuracy", "kl", "agreement", "nll"), o, observed[""])}
              for s, o in observed.items()}
-    print(f"\n### {task}, full adapter {found['']['accuracy'].value:.3f}\n\n| made by | bytes | error of dW | KL, nats | "
-          f"agreement | accuracy | against full |\n|---|--:|--:|--:|--:|--:|---|")
+    print(f"\n### {task}, full adapter {found['']['accuracy'].value:.3f}\n")
+    print("| made by | bytes | error of dW | KL, nats | agreement | accuracy | against full |")
+    print("|---|--:|--:|--:|--:|--:|---|")
     for spec in sorted(SPECS, key=lambda s: found[s]["kl"].value):
         m = found[spec]
         told = "" if m["accuracy"].distinguishable else ", not distinguishable"
@@ -62,8 +63,8 @@ def run(arena: Path, task: str) -> dict[str, object]:
              "error of dW": [-about[s][1] for s in SPECS]}
     print(f"\n| {task}: accuracy ranked by | Spearman | Kendall (tau-b) |\n|---|--:|--:|")
     for name, values in ranks.items():
-        print(f"| {name} | {spearmanr(values, accuracy).statistic:.3f} | {kendalltau(values, accuracy).statistic:.3f} |",
-              flush=True)
+        rho, tau = spearmanr(values, accuracy).statistic, kendalltau(values, accuracy).statistic
+        print(f"| {name} | {rho:.3f} | {tau:.3f} |", flush=True)
     return {"task": task, "points": {s: {"bytes": about[s][0], "error": about[s][1],
                                          **{n: e.data() for n, e in found[s].items()}} for s in SPECS}}
 

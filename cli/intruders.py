@@ -56,9 +56,9 @@ def _blocks(facts: Facts, before: Sequence[Module], then: Sequence[Module] | Non
     later = {m.key: m for m in then or ()}
     looked = [m for m in before if m.cosines]
     rows = [_row(name, some, later) for name, some in grouped(looked, each).items()]
-    columns = ("module", ">count", ">intruders", ">share of ||W||^2", ">least cosine")
+    columns = ["module", ">count", ">intruders", ">share of ||W||^2", ">least cosine"]
     if then is not None:
-        columns = (*columns, ">now", ">share", ">least")
+        columns += [">now", ">share", ">least"]
     return [facts, Table(columns, rows, _row("all", looked, later) if len(rows) > 1 else None)]
 
 

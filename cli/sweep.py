@@ -201,20 +201,16 @@ def _blocks(table: Mapping[str, Any], points: Sequence[Point], tried: Sequence[P
     shown = list(dict.fromkeys([quality, *(m for m in ("kl", "agreement") if m in points[-1].metrics)]))
     rows = []
     for p in [*points, *(p for p in tried if p.spec not in {q.spec for q in points})]:
-        e = p.metrics.get(quality)
-        said = "-"
-        if e is not None and p.spec:
-            said = verdict(Estimate(**{k: v for k, v in e.items() if k != "distinguishable"}))
-        rows.append((p.label, f"{p.nbytes:,}", number(p.error),
-                     *(number(float(p.metrics[m]["value"]), 5) if m in p.metrics else "-" for m in shown), said,
-                     "*" if p.spec in on_front and p in points else ""))
+        e = {k: v for k, v in p.metrics[quality].items() if k != "distinguishable"}
+        rows.append((p.label, f"{p.nbytes:,}", number(p.error), *(number(p.value(m), 5) for m in shown),
+                     verdict(Estimate(**e)) if p.spec else "-", "*" if p.spec in on_front and p in points else ""))
     area = table.get("aurac")
     facts = Facts([("base", table["base"]), ("data", table["data"]),
                    ("source", f"{table['input']}, {print_nbytes(points[0].nbytes)}")])
-    said = [f"AURAC {area['log2']:.4g} over log2 of ranks {area['ranks'][0]:g}..{area['ranks'][-1]:g}, "
-            f"{area['linear']:.4g} over ranks"] if area else []
+    summary = [f"AURAC {area['log2']:.4g} over log2 of ranks {area['ranks'][0]:g}..{area['ranks'][-1]:g}, "
+               f"{area['linear']:.4g} over ranks"] if area else []
     return [facts, Table(("point", ">bytes", ">error of dW", *(f">{m}" for m in shown), f"{quality} against source",
-                          "front"), rows), Notes([*said, *notes])]
+                          "front"), rows), Notes([*summary, *notes])]
 
 
 def _write(out: Path, table: Mapping[str, Any], force: bool) -> None:

@@ -90,7 +90,8 @@ def _outside(u0: Tensor, b: Tensor) -> Tensor:
     u, s, _ = torch.linalg.svd(b - u0 @ (u0.mT @ b), full_matrices=False)
     # u0 is orthonormal to float32: what is smaller than that may lie in its span and is no direction of its own
     extra = u[:, : u0.shape[0] - u0.shape[1]][:, (s > 1e-6 * torch.linalg.matrix_norm(b))[: u0.shape[0] - u0.shape[1]]]
-    return torch.linalg.qr(extra - u0 @ (u0.mT @ extra)).Q
+    basis: Tensor = torch.linalg.qr(extra - u0 @ (u0.mT @ extra)).Q
+    return basis
 
 
 def _top(diagonal: Tensor, c: Tensor, p: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -131,7 +132,10 @@ def shrink(delta: LowRank, w0: Tensor, found: Leading, cosine: float, factor: fl
     new_a = (sign * row / found.s[at][:, None] * size[:, None] / root).to(delta.a.dtype)
     core = None
     if delta.core is not None:
-        core = torch.block_diag(decoded(delta.core), torch.eye(len(at), dtype=delta.core.dtype))
+        held = decoded(delta.core)
+        core = held.new_zeros(held.shape[0] + len(at), held.shape[1] + len(at))
+        core[: held.shape[0], : held.shape[1]] = held
+        core[held.shape[0] :, held.shape[1] :] = torch.eye(len(at))
     return LowRank(torch.cat([decoded(delta.a), new_a]), torch.cat([decoded(delta.b), new_b], 1), core, delta.scale,
                    delta.shape)
 

@@ -29,7 +29,8 @@ def write_lora(folder: Path, family: str, *, rank: int = 8, size: float = 1.0, s
         tensors["base_model.model.classifier.weight"] = torch.randn(classes, 16, generator=random)
         tensors["base_model.model.classifier.bias"] = torch.randn(classes, generator=random)
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "base_model_name_or_path": "tiny/base",
-              "task_type": "SEQ_CLS" if classes else "CAUSAL_LM", "modules_to_save": ["classifier"] if classes else None,
+              "task_type": "SEQ_CLS" if classes else "CAUSAL_LM",
+              "modules_to_save": ["classifier"] if classes else None,
               "target_modules": [n.rpartition(".")[2] for n in LAYERS[family]]}
     folder.mkdir()
     (folder / "adapter_config.json").write_text(json.dumps(config))

@@ -139,6 +139,7 @@ def test_a_head_is_lent(place, capsys):
     assert "--head-from" in err
     code, out, _ = call(capsys, place / "bare", "none", *base, "--head-from", place / "sorted", "--json")
     assert code == 0
+    assert metrics(out)[1]["kl"]["value"] > 0
     donor = adaptc.load(place / "sorted")
     _, fitted = ready(place / "bert", "classify", {"bare": adaptc.load(place / "bare")}, donor)
     assert torch.equal(fitted["bare"].replaced["classifier.weight"], donor.replaced["classifier.weight"])

@@ -25,9 +25,10 @@ RESOLVERS: dict[str, Resolver] = {
     "frod": resolve_spectral.frod,
     "vera": resolve_shape.vera, "randlora": resolve_shape.randlora, "fourierft": resolve_shape.fourierft,
     "waveft": resolve_shape.waveft, "sparse": resolve_shape.sparse, "miss": resolve_shape.miss,
+    "qhft": resolve_shape.qhft,
 }
 # Kinds that need W0 for nothing but its shape.
-SHAPE_ONLY = frozenset({"vera", "randlora", "fourierft", "waveft", "sparse", "miss"})
+SHAPE_ONLY = frozenset({"vera", "randlora", "fourierft", "waveft", "sparse", "miss", "qhft"})
 # Kinds that change the module's bias too, if it has one: (delta, w0, b0) -> b' - b0, or None.
 BIASED: dict[str, Callable[[NeedsBase, Tensor, Tensor], BaseFree | None]] = {
     "ia3": resolve_scaled.ia3_bias, "glora": resolve_scaled.glora_bias, "road": resolve_rotation.road_bias,

@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
 from adaptc.delta import BaseFree, Dense, LowRank, NeedsBase, Sparse
 from adaptc.errors import FormatError, UnsupportedError
 from adaptc.factor import Encoded
+from adaptc.spectral import Spectral
 
 
 def vera(delta: NeedsBase, w0: Tensor) -> BaseFree:
@@ -69,6 +72,25 @@ def sparse(delta: NeedsBase, w0: Tensor) -> BaseFree:
             raise FormatError(f"indices reach {int(flat[0].max())}, {int(flat[1].max())}, W0 is {out} x {n}")
         flat = flat[0] * n + flat[1]
     return sorted_sparse(flat, t["values"], tuple(w0.shape))
+
+
+def qhft(delta: NeedsBase, w0: Tensor) -> BaseFree:
+    """dW = scaling / sqrt(out in) F U, F[indices] = spectrum, U Sylvester's orthonormal matrix. QWHA, 2509.17428.
+
+    Raises UnsupportedError at widths that are no power of two, where the official code has a matrix of its own.
+    """
+    (out, n), t = _matrix(w0), delta.tensors
+    if n & (n - 1):
+        raise UnsupportedError(f"qhft at width {n} uses a Hadamard matrix that the file does not tell, only powers of "
+                               "two are read")
+    at = t["indices"].long()
+    if at.dim() != 2 or at.shape[0] != 2 or t["spectrum"].shape != at.shape[1:]:
+        raise FormatError(f"indices {tuple(at.shape)} and spectrum {tuple(t['spectrum'].shape)} are no (2, p) and (p,)")
+    if at.numel() and (int(at.min()) < 0 or int(at[0].max()) >= out or int(at[1].max()) >= n):
+        raise FormatError(f"indices reach {int(at[0].max())}, {int(at[1].max())}, W0 is {out} x {n}")
+    found = sorted_sparse(at[0] * n + at[1], t["spectrum"], (out, n))
+    scale = float(delta.config["scaling"]) / math.sqrt(out * n)
+    return Spectral(found.indices, found.values, "sylvester", scale, (out, n))
 
 
 def sorted_sparse(flat: Tensor, values: Tensor, shape: tuple[int, ...]) -> Sparse:

@@ -7,14 +7,15 @@ from typing import Any
 
 import click
 
-from adaptc.cli import export_gguf, export_onnx
+from adaptc.cli import export_genai, export_gguf, export_mlx, export_onnx
 from adaptc.cli.exporting import Request
 from adaptc.cli.options import example, input_argument, reading, speaking
 from adaptc.cli.render import Voice
 
 # Flag -> module with HELP (one line), OPTIONS (click options, none required) and export(request, **options), which
 # gets the values of its own OPTIONS. None of them imports torch or a runtime before `export` is called.
-TARGETS: dict[str, ModuleType] = {"onnx": export_onnx, "gguf": export_gguf}
+TARGETS: dict[str, ModuleType] = {"onnx": export_onnx, "gguf": export_gguf, "mlx": export_mlx,
+                                  "ort_genai": export_genai}
 
 
 @click.command("export", short_help="Write what a runtime loads: ONNX, GGUF, MLX.",

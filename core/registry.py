@@ -16,8 +16,8 @@ T = TypeVar("T")
 class Registry(Generic[T]):
     """One entry-point group. Classes are imported when they are asked for; an id has one owner."""
 
-    def __init__(self, group: str, noun: str) -> None:
-        self.group, self.noun = group, noun
+    def __init__(self, group: str, noun: str, hidden: Sequence[str] = ()) -> None:
+        self.group, self.noun, self.hidden = group, noun, hidden  # `hidden` ids are never offered in a hint
         self._loaded: dict[str, T] = {}
 
     @cached_property
@@ -32,6 +32,10 @@ class Registry(Generic[T]):
         """Return the known ids, sorted."""
         return sorted({*self._declared, *self._loaded})
 
+    def offered(self) -> list[str]:
+        """Return the ids that make sense to ask for, sorted."""
+        return [i for i in self.ids() if i not in self.hidden]
+
     def get(self, id: str) -> T:
         """Return what is registered under `id`.
 
@@ -41,7 +45,7 @@ class Registry(Generic[T]):
         if id not in self._loaded:
             found = self._declared.get(id)
             if not found:
-                raise UsageError(f"{self.noun} {id} is not known", hint=nearest(id, self.ids()))
+                raise UsageError(f"{self.noun} {id} is not known", hint=nearest(id, self.offered()))
             owners = sorted({e.value for e in found})
             if len(owners) > 1:
                 raise UsageError(f"{self.noun} {id} is claimed by {' and '.join(owners)}")
@@ -70,4 +74,4 @@ def nearest(word: str, known: Sequence[str]) -> str | None:
 
 PASSES: Registry[Any] = Registry("adaptc.passes", "pass")
 CODECS: Registry[Any] = Registry("adaptc.codecs", "codec")
-FORMATS: Registry[Any] = Registry("adaptc.formats", "dialect")
+FORMATS: Registry[Any] = Registry("adaptc.formats", "dialect", hidden=("refused",))

@@ -83,6 +83,8 @@ class Loralib(TorchFile):
         lost = [f"{k}: loralib adapts linear layers and embeddings by factors only" for k, d in adapter.deltas.items()
                 if not isinstance(d, LowRank) or len(d.shape) != 2 or not split_part(k)[0].endswith(".weight")]
         lost += [f"{k}: replaces rows only" for k, r in adapter.replaced.items() if isinstance(r, Rows)]
+        if adapter.origin.dialect != self.id and adapter.deltas:
+            lost.append(f"the scale: loralib's files hold none, this one is read with --alpha {_alpha(adapter):.17g}")
         return tuple(lost)
 
     def tensors(self, adapter: Adapter) -> dict[str, Tensor]:
@@ -92,8 +94,7 @@ class Loralib(TorchFile):
         owners: dict[str, list[str]] = {}
         for key in factors:
             owners.setdefault(split_part(key)[0].removesuffix(".weight"), []).append(key)
-        alpha = adapter.origin.config.get("lora_alpha") if adapter.origin.dialect == "loralib" else None
-        alpha = float(alpha) if alpha else max((d.scale * d.rank for d in factors.values()), default=1.0)
+        alpha = _alpha(adapter)
         out: dict[str, Tensor] = {}
         for module, keys in owners.items():
             rank = max(factors[k].rank for k in keys)
@@ -110,6 +111,13 @@ class Loralib(TorchFile):
     def wrapper(self, adapter: Adapter) -> str | None:
         """Return the level LitGPT and Lightning put around the tensors."""
         return adapter.origin.config.get("wrapper") if adapter.origin.dialect == "loralib" else None
+
+
+def _alpha(adapter: Adapter) -> float:
+    """Return lora_alpha of the file that is written: as it was, else the largest scale * rank."""
+    given = adapter.origin.config.get("lora_alpha") if adapter.origin.dialect == "loralib" else None
+    scales = [d.scale * d.rank for d in adapter.deltas.values() if isinstance(d, LowRank) and d.rank]
+    return float(given) if given else max(scales, default=1.0) or 1.0
 
 
 def _empty(rank: int) -> LowRank:

@@ -21,6 +21,7 @@ from adaptc.formats.peft_parts import pair
 from adaptc.formats.peft_write import stored
 from adaptc.formats.source import Source
 from adaptc.lowrank import low_rank
+from adaptc.squeeze.factored import truncate
 
 BARE = "adaptc.mlx_config"  # where a bare file carries the config it has no folder for
 # Last path elements of embeddings, whose lora_a is (vocab, r) and whose delta is not transposed.
@@ -68,7 +69,8 @@ class Mlx(Format):
         if not modules and config.get("fine_tune_type") != "full":
             raise FormatError(f"{source.file.name}: none of its {len(replaced)} tensors is lora_a or lora_b")
         scale = _scale(config, source) if modules else 1.0
-        made = {f"{m}.weight": _module(m, t, scale) for m, t in modules.items()}
+        said = (config.get("lora_parameters") or {}).get("rank")
+        made = {f"{m}.weight": _module(m, t, scale, said) for m, t in modules.items()}
         _check_ranks({k: d for k, (d, _) in made.items()}, config)
         layout = {k: where for k, (_, where) in made.items() if where}
         clash = next((k for k in made if k in replaced), None)
@@ -118,8 +120,11 @@ def _scale(config: Mapping[str, Any], source: Source) -> float:
     return float(value)
 
 
-def _module(module: str, tensors: Mapping[str, Tensor], scale: float) -> tuple[Delta, str]:
-    """Return the delta of one module and its layout mark. Raises FormatError for halves and shapes that disagree."""
+def _module(module: str, tensors: Mapping[str, Tensor], scale: float, said: Any) -> tuple[Delta, str]:
+    """Return the delta of one module and its layout mark. Raises FormatError for halves and shapes that disagree.
+
+    A rank above both sides of the weight is that of factors the wrong way around, unless the config `said` so.
+    """
     a, b = pair(module, tensors, "lora_a", "lora_b")
     if a.dim() != b.dim() or a.dim() > 3:
         raise FormatError(f"{module}: lora_a has shape {tuple(a.shape)}, lora_b {tuple(b.shape)}")
@@ -133,7 +138,7 @@ def _module(module: str, tensors: Mapping[str, Tensor], scale: float) -> tuple[D
     if left.shape[-1] != right.shape[-2] or left.shape[:-2] != right.shape[:-2]:
         raise FormatError(f"{module}: lora_a has shape {tuple(a.shape)}, lora_b {tuple(b.shape)}, no common rank")
     shape = (*left.shape[:-1], right.shape[-1])
-    if left.shape[-1] > max(shape[-2:]):
+    if left.shape[-1] > max(shape[-2:]) and left.shape[-1] != said:
         raise FormatError(f"{module}: reads as rank {left.shape[-1]} on a {shape[-2]} x {shape[-1]} weight, "
                           "these factors are not in MLX's order")
     inner = LowRank(right, left, None, scale, shape)
@@ -173,8 +178,8 @@ def _unsayable(key: str, delta: Delta) -> str:
 
 
 def _written(adapter: Adapter, lost: set[str]) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    kept = {k: low for k, d in adapter.deltas.items() if d.nbytes and not any(w.startswith(f"{k}:") for w in lost)
-            and (low := _direction(d)) is not None}
+    kept = {k: _narrow(low) for k, d in adapter.deltas.items() if d.nbytes
+            and not any(w.startswith(f"{k}:") for w in lost) and (low := _direction(d)) is not None}
     scale = Counter(low.scale for low in kept.values()).most_common(1)[0][0] if kept else 1.0
     rank = max((low.rank for low in kept.values()), default=0)
     tensors: dict[str, Tensor] = {}
@@ -190,6 +195,18 @@ def _written(adapter: Adapter, lost: set[str]) -> tuple[dict[str, Tensor], dict[
             tensors[f"{module}.m"] = delta.tensors["magnitude"].flatten()
     tensors |= {k: v for k, v in adapter.replaced.items() if isinstance(v, torch.Tensor)} | dict(adapter.extra)
     return tensors, _config(adapter, kept, rank, scale)
+
+
+def _narrow(low: LowRank) -> LowRank:
+    """Return factors no wider than the weight, exactly: products of factors may be, and all modules share one rank."""
+    least = min(low.shape[-2:])
+    if low.rank <= least or len(low.a.shape) == 3:
+        return low
+    b, a = low.factors()
+    if b.is_meta:  # only the size is asked for
+        return LowRank(a[:least], b[:, :least], None, 1.0, low.shape)
+    cut = truncate(b, a, least)
+    return LowRank(cut.a, cut.b, None, 1.0, low.shape)
 
 
 def _config(adapter: Adapter, parts: Mapping[str, LowRank], rank: int, scale: float) -> dict[str, Any]:

@@ -21,7 +21,7 @@ def recognise(source: Source, dialect: str | None = None) -> tuple[Format, Evide
     if not found:
         some = ", ".join(list(source.tensors)[:3]) or "no tensors"
         raise UnsupportedError(f"{source.file.name}: no known adapter dialect (holds {some})",
-                               hint=f"known dialects: {', '.join(FORMATS.ids())}")
+                               hint=f"known dialects: {', '.join(FORMATS.offered())}")
     best = max(e.strength for _, e in found)
     top = [(f, e) for f, e in found if e.strength == best]
     if len(top) > 1:

@@ -83,7 +83,7 @@ class Merge(Join):
             if not isinstance(w, (int, float)) or not math.isfinite(w) or (w < 0 and how.positive):
                 raise UsageError(f"weight {w} makes no sense for {how.name}")
         if self.weights is not None and not any(self.weights):
-            raise UsageError(f"all {len(self.weights)} weights are 0")
+            raise UsageError("every weight is 0")
 
     @property
     def how(self) -> Method:
@@ -96,9 +96,9 @@ class Merge(Join):
         if len(adapters) < 2:
             raise UsageError(f"merge takes two adapters or more, got {len(adapters)}")
         names = self.names or tuple(f"input {i}" for i in range(1, len(adapters) + 1))
-        for what, given in (("weights", self.weights), ("names", self.names or None)):
+        for what, given in (("weight", self.weights), ("name", self.names or None)):
             if given is not None and len(given) != len(adapters):
-                raise UsageError(f"{len(given)} {what} for {len(adapters)} adapters")
+                raise UsageError(f"{len(given)} {what}{'s' * (len(given) != 1)} for {len(adapters)} adapters")
         aligned = align(adapters, names, self.any_base)
         replaced, notes = carry(adapters, names, self.heads)
         with one_blas_thread():

@@ -27,7 +27,7 @@ from adaptc.formats.onnx.names import distance
 from adaptc.formats.onnx.patch import patch
 from adaptc.formats.onnx.places import Place, find_places, turned
 from adaptc.formats.onnx.slots import FLOAT_STORES, STORE, assign, replaced_slots, required, slots_of
-from adaptc.formats.onnx.values import carried, fed, inner, is_full, nothing
+from adaptc.formats.onnx.values import carried, factors, fed, inner, is_full, nothing
 from adaptc.formats.parts import joined
 from adaptc.measure import norm2
 from adaptc.resolve import resolved
@@ -132,6 +132,9 @@ def _patch(adapter: Adapter, model: Model, plan: Plan, weights: Base | None, mad
     if full and not plan.expander:
         raise UnsupportedError(f"{full[0]}: a sparse change fed as a matrix takes as much as the weight",
                                hint="--merge load scatters it into the weight; --expander makes the matrix at load")
+    for key, delta in adapter.deltas.items():
+        if key not in full:
+            factors(key, delta)  # raises for what no slot holds, before anything is changed
     dora = [k for k, d in adapter.deltas.items() if isinstance(d, NeedsBase)]
     sites = match(model, {k: d.shape for k, d in adapter.deltas.items()}, weights)
     places = find_places(model, {k: tuple(t.shape) for k, t in carried(adapter).items()})

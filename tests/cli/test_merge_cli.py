@@ -69,7 +69,7 @@ def test_dry_run_and_size(pair, tmp_path, capsys) -> None:
 @pytest.mark.parametrize(("args", "code", "text"), [
     (["--rank", "0"], 2, "rank is 0, must be a whole number from 1"),
     (["--method", "ties", "--density", "0"], 2, "density is 0.0, must be above 0 and at most 1"),
-    (["--weights", "1"], 2, "1 weights for 2 adapters"),
+    (["--weights", "1"], 2, "1 weight for 2 adapters"),
     (["--weights", "1,x"], 2, "weights are '1,x', must be numbers with commas between"),
     (["--method", "ties2"], 2, "merge method ties2 is not known"),
     (["--density", "0.5"], 2, "method exact has no density"),

@@ -80,7 +80,7 @@ def test_refused_by_name(key: str, says: str, tmp_path: Path) -> None:
         adaptc.load(put(tmp_path / "x.safetensors", {key: noise(3, 3)}))
 
 
-def test_gguf_is_refused_by_name(tmp_path: Path) -> None:
+def test_damaged_gguf_is_told(tmp_path: Path) -> None:
     (tmp_path / "a.gguf").write_bytes(b"GGUF" + bytes(60))
-    with pytest.raises(UnsupportedError, match="GGUF"):
+    with pytest.raises(FormatError, match="GGUF"):
         adaptc.load(tmp_path / "a.gguf")

@@ -195,8 +195,8 @@ def test_base_models(first: str | None, second: str | None, alike: bool) -> None
 
 @pytest.mark.parametrize(("options", "text"), [
     ({"rank": 0}, "rank is 0"), ({"rank": 2.5}, "rank is 2.5"), ({"method": "ties", "density": 0.0}, "density is 0.0"),
-    ({"method": "ties", "density": 1.5}, "density is 1.5"), ({"weights": (1.0,)}, "1 weights for 2 adapters"),
-    ({"weights": (1.0, float("nan"))}, "weight nan"), ({"weights": (0.0, 0.0)}, "all 2 weights are 0"),
+    ({"method": "ties", "density": 1.5}, "density is 1.5"), ({"weights": (1.0,)}, "1 weight for 2 adapters"),
+    ({"weights": (1.0, float("nan"))}, "weight nan"), ({"weights": (0.0, 0.0)}, "every weight is 0"),
     ({"density": 0.5}, "method exact has no density"), ({"gauge": "raw"}, "method exact has no gauge"),
     ({"method": "lego", "gauge": "wild"}, "gauge is wild, must be one of balanced, raw"),
     ({"method": "fedavg", "weights": (1.0, -1.0)}, "weight -1.0 makes no sense for fedavg"),

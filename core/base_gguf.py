@@ -65,9 +65,13 @@ class GgufWeights(Mapping[str, Tensor]):
             raise UnsupportedError(f"{path.name}: GGUF of architecture {self.family}, whose names are not known here",
                                    hint=f"known: {', '.join(MODULES)}")
         self.config: dict[str, Any] = {"model_type": _TYPES.get(self.family, self.family)}
-        self.config |= {v: facts[f"{self.family}.{k}"] for k, v in _FACTS.items() if f"{self.family}.{k}" in facts}
+        said = {v: facts.get(f"{self.family}.{k}") for k, v in _FACTS.items()}
+        self.config |= {k: v for k, v in said.items() if isinstance(v, int)}
         stored = {name: t for header in headers for name, t in header.tensors.items()}
-        names = _names(self.family, int(self.config.get("num_hidden_layers", 0)))
+        blocks = self.config.get("num_hidden_layers", 0)
+        if blocks > len(stored):
+            raise FormatError(f"{path.name}: {blocks} blocks, but {len(stored)} tensors")
+        names = _names(self.family, blocks)
         self._stored = {names.get(name, name): t for name, t in stored.items()}
 
     def __getitem__(self, name: str) -> Tensor:
@@ -77,8 +81,8 @@ class GgufWeights(Mapping[str, Tensor]):
         if self.family.startswith("gemma") and name.endswith("norm.weight"):
             return w - 1
         if self.family == "llama" and re.search(r"self_attn\.[qk]_proj\.", name):
-            queries = int(self.config.get("num_attention_heads", 0))
-            heads = queries if ".q_proj." in name else int(self.config.get("num_key_value_heads", queries))
+            queries = self.config.get("num_attention_heads", 0)
+            heads = queries if ".q_proj." in name else self.config.get("num_key_value_heads", queries)
             return _interleaved_back(name, w, heads)
         return w
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 import struct
 from pathlib import Path
 from typing import Any
@@ -12,7 +13,7 @@ from gguf_models import hf_model, write_gguf
 
 from adaptc.base import Base
 from adaptc.base_gguf import MODULES
-from adaptc.errors import FormatError, NeedsError, UnsupportedError
+from adaptc.errors import AdaptcError, FormatError, NeedsError, UnsupportedError
 from adaptc.gguf_header import read_gguf_header
 
 gguf = pytest.importorskip("gguf")
@@ -98,6 +99,27 @@ def test_damaged_files(tmp_path: Path) -> None:
     path.write_bytes(good[:16] + struct.pack("<Q", 1 << 60) + good[24:])
     with pytest.raises(FormatError, match="damaged GGUF header"):
         Base(path)
+
+
+def test_any_damage_is_told_in_one_line(tmp_path: Path) -> None:
+    path = tmp_path / "m.gguf"
+    write_gguf(path, "llama", hf_model("llama"))
+    good, chance = path.read_bytes(), random.Random(5)
+    body = len(good) - 4 * sum(t.numel() for t in Base(path).values())
+    told = 0
+    for _ in range(200):
+        bad = bytearray(good)
+        for _ in range(chance.choice((1, 1, 4))):
+            at = chance.randrange(body)
+            bad[at] = chance.choice((0, 1, 127, 255, chance.randrange(256)))
+        path.write_bytes(bytes(bad))
+        try:
+            base = Base(path)
+            for name in base:
+                base[name]
+        except AdaptcError:
+            told += 1
+    assert told > 20  # most damage is in names and token texts, which nobody can tell from others
 
 
 def test_unknown_families(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check corpus bench dev clean help
+.PHONY: demo test check tree docs corpus bench dev clean help
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -30,13 +30,22 @@ demo: $(VENV)/run  ## compress the bundled adapter and show the result
 test: $(VENV)/test  ## run the tests (no GPU, no downloads)
 	$(PY) -m pytest -n 2 -m "not shared"
 
-# mypy finds the root folders as adaptc.* only where they lie so: it runs over a tree of links.
-check: $(VENV)/dev  ## lint, types, a minute of fuzzing
-	$(VENV)/bin/ruff check .
+# mypy and the API reference find the root folders as adaptc.* only where they lie so: they read a tree of links.
+tree:
 	rm -rf build/types && mkdir -p build/types/adaptc
 	ln -s $(CURDIR)/core/* $(foreach d,squeeze quant prune kernels formats evidence cli,$(CURDIR)/$(d)) build/types/adaptc/
+
+check: $(VENV)/dev tree  ## lint, types, a minute of fuzzing
+	$(VENV)/bin/ruff check .
 	cd build/types && $(CURDIR)/$(VENV)/bin/mypy --strict --config-file $(CURDIR)/pyproject.toml adaptc
 	$(PY) tests/fuzz_container.py 60
+
+$(VENV)/docs: $(VENV)/run
+	$(PIP) -e '.[docs]' ruff
+	@touch $@
+
+docs: $(VENV)/docs tree  ## build the site into build/site; broken links are errors
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
 
 corpus: $(VENV)/test  ## read every reference adapter, rebuild every oracle (needs ADAPTC_SHARED or ../shared)
 	$(PY) -m pytest -n 2 -m shared -rs

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 @click.option("--jobs", type=click.IntRange(min=0), default=0, metavar="N", help="Worker processes (0: all cores).")
 @click.option("--address", metavar="HOST:PORT", help="ray: the cluster to use; RAY_ADDRESS, or one of its own.")
 @click.option("--root", metavar="DIR", help="Name outputs by their inputs' paths below this folder.")
-@click.option("--base", type=click.Path(), metavar="DIR", help="Base model: folder or safetensors file.")
+@click.option("--base", type=click.Path(), metavar="DIR", help="Base model: folder, safetensors or GGUF file, Hub id.")
 @click.option("--to", metavar="ID", help="Write in this dialect; each in its own by default, a container for codes.")
 @click.option("--dry-run", is_flag=True, help="List what would be done and the bytes, and do nothing.")
 @click.option("--verify", is_flag=True, help="Compare contents of what is done already, not only sizes and times.")

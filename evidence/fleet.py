@@ -18,6 +18,7 @@ from adaptc.evidence.fleet_find import Unit
 from adaptc.evidence.fleet_paths import STAGING, File, clear_staging, files_below, is_url, kind, local_copy
 from adaptc.evidence.fleet_work import Job, Order, Result, content_hash, process
 from adaptc.evidence.manifest import History, Manifest
+from adaptc.hub import is_hub_id
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,10 +95,12 @@ def order_of(recipe: str | Path, **options: Any) -> Order:
         if dialect:
             FORMATS.get(dialect)
     base = options.get("base")
-    if base is not None and not Path(base).exists():
-        raise UsageError(f"base {base} does not exist")
-    return Order(str(pipeline), **{k: v for k, v in options.items() if v is not None} |
-                 ({"base": os.path.abspath(base)} if base is not None else {}))
+    if base is not None:
+        if Path(base).exists():
+            options["base"] = os.path.abspath(base)
+        elif not is_hub_id(base, (".safetensors", ".gguf")):
+            raise UsageError(f"base {base} does not exist")
+    return Order(str(pipeline), **{k: v for k, v in options.items() if v is not None})
 
 
 def plan(units: Sequence[Unit], order: Order, out: str, history: History, *, force: bool = False, verify: bool = False

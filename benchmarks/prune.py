@@ -26,7 +26,8 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import adaptc
 from adaptc.calibration import Calibration
-from adaptc.evidence.calibrate import Request, calibrate
+from adaptc.evidence.calibrate import calibrate
+from adaptc.evidence.calibrate_request import Request
 from adaptc.evidence.unpack import unpack_gguf
 from adaptc.prune.loraprune import Options, open_model, prune
 
@@ -39,7 +40,7 @@ RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
 
 
 def perplexity(model: Any, ids: torch.Tensor) -> float:
-    with torch.no_grad(), torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
+    with torch.no_grad(), torch.autocast("cpu", DTYPE, enabled=DTYPE.itemsize == 2):
         windows = ids[: WINDOWS * LENGTH].split(LENGTH)
         return math.exp(sum(model(input_ids=x[None], labels=x[None]).loss.item() for x in windows) / len(windows))
 
@@ -54,7 +55,7 @@ def train(model: Any, ids: torch.Tensor, steps: int) -> None:
         x = windows[order[step % len(order)]][None]
         for group in optimizer.param_groups:
             group["lr"] = RATE * min(1.0, (step + 1) / 4) * (1 - step / steps)
-        with torch.autocast("cpu", DTYPE, enabled=DTYPE == torch.bfloat16):
+        with torch.autocast("cpu", DTYPE, enabled=DTYPE.itemsize == 2):
             loss = model(input_ids=x, labels=x).loss
         loss.backward()
         optimizer.step()

@@ -27,6 +27,8 @@ if TYPE_CHECKING:
               help="Remove in N steps of a cubic schedule, calibrating anew on --data before each.")
 @click.option("--data", type=click.Path(), metavar="TEXT", help="schedule: text to calibrate on (.txt, .jsonl, .tsv).")
 @click.option("--max-tokens", type=click.IntRange(min=1), metavar="N", help="schedule: tokens for each calibration.")
+@click.option("--window", type=click.IntRange(min=2), default=256, show_default=True, metavar="N",
+              help="schedule: tokens the model reads at once.")
 @click.option("--heads-only", is_flag=True, help="Remove heads, keep every channel.")
 @click.option("--ffn-only", is_flag=True, help="Remove channels, keep every head.")
 @click.option("--unit", type=click.Choice(["auto", "kv", "query"]), default="auto", show_default=True,

@@ -23,8 +23,8 @@ KINDS = {"heads": "attention heads", "ffn": "FFN channels", "other": "everything
 
 
 def prune_model(base: str, opened: Opened | None, output: str | None, voice: Voice, *, calibration: str | None,
-                schedule: int | None, data: str | None, max_tokens: int | None, heads_only: bool, ffn_only: bool,
-                force: bool, dry_run: bool, **options: Any) -> None:
+                schedule: int | None, data: str | None, max_tokens: int | None, window: int, heads_only: bool,
+                ffn_only: bool, force: bool, dry_run: bool, **options: Any) -> None:
     """Prune a model and its adapter in one step, or in the steps of a schedule, and report it."""
     from adaptc.prune.loraprune import Options, open_model, prune
     from adaptc.prune.schedule import in_steps
@@ -49,11 +49,13 @@ def prune_model(base: str, opened: Opened | None, output: str | None, voice: Voi
             done = prune(open_model(folder, chosen.unit), adapter, chosen, statistics, out=out, about=told,
                          force=force, inputs=inputs, progress=progress)
         else:
-            from adaptc.evidence.calibrate import Request, calibrate
+            from adaptc.evidence.calibrate import calibrate
+            from adaptc.evidence.calibrate_request import Request
 
             def measure(model: Path, tuned: Adapter | None, statistics: Path) -> None:
-                calibrate(Request(str(model), Path(str(data)), max_tokens=max_tokens, diagonal=not chosen.refit,
-                                  gradients=chosen.criterion == "loraprune"), statistics, tuned, progress=progress)
+                calibrate(Request(str(model), Path(str(data)), max_tokens=max_tokens, window=window,
+                                  diagonal=not chosen.refit, gradients=chosen.criterion == "loraprune"),
+                          statistics, tuned, progress=progress)
 
             done = in_steps(folder, adapter, chosen, schedule, measure, out=out, about=told, force=force,
                             inputs=inputs, progress=progress)

@@ -131,7 +131,7 @@ def test_lines_decode_to_what_they_were(axis: int, places: list[int]) -> None:
     {"rows": torch.tensor([-1, 0], dtype=torch.int32), "values": torch.ones(8)},
     {"rows": torch.tensor([0, 1], dtype=torch.int32), "values": torch.ones(7)},
     {"rows": torch.tensor([0, 1]), "values": torch.ones(8)},
-    {"rows": torch.tensor([0], dtype=torch.int32), "cols": torch.tensor([0], dtype=torch.int32), "values": torch.ones(4)},
+    {axis: torch.tensor([0], dtype=torch.int32) for axis in ("rows", "cols")} | {"values": torch.ones(4)},
     {"values": torch.ones(4)},
     {"rows": torch.tensor([0], dtype=torch.int32), "values": torch.ones(4, dtype=torch.int32)},
 ])

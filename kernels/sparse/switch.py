@@ -14,6 +14,7 @@ from adaptc.delta import Delta, NeedsBase, Sparse, kind
 from adaptc.errors import UnsupportedError, UsageError
 from adaptc.kernels.runtime_match import Site, check_fingerprint, check_names, check_shape, site
 from adaptc.kernels.runtime_swap import check_replacement, put, tensor_of
+from adaptc.kernels.sparse import native
 
 Choice = tuple[tuple[str, float], ...]  # names with multipliers, by name
 
@@ -29,7 +30,7 @@ class Change:
 
 @dataclass(frozen=True, slots=True, eq=False)
 class Write:
-    """One overwrite: `new` goes to `index` of `flat`, `base` is what stood there."""
+    """One overwrite: `new` goes to `index` (as native.packed has it) of `flat`, `base` is what stood there."""
 
     flat: Tensor
     index: Tensor
@@ -120,8 +121,8 @@ class SparseSwitch:
         if choice not in self._writes:
             self._writes[choice] = self._planned(choice)
         for w in self._writes[choice]:
-            w.flat.index_copy_(0, w.index, w.new)
-            self._undo.append(lambda w=w: w.flat.index_copy_(0, w.index, w.base))  # type: ignore[misc]
+            native.put(w.flat, w.index, w.new)
+            self._undo.append(lambda w=w: native.put(w.flat, w.index, w.base))  # type: ignore[misc]
         for key, name in replaced.items():
             self._undo.append(put(self.model, key, self._adapters[name][0].replaced[key]))
         self.active = names
@@ -158,7 +159,8 @@ class SparseSwitch:
                 for (c, s), at in zip(parts, where.split([len(c.index) for c, _ in parts]), strict=True):
                     total[at] += c.delta * s
             base = flat.index_select(0, index)
-            out.append(Write(flat, index, (base.double() + total).to(flat.dtype), base))
+            new = (base.double() + total).to(flat.dtype)
+            out.append(Write(flat, native.packed(flat, index), new, base))
         return out
 
     def _known(self, name: str) -> None:

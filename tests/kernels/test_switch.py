@@ -13,6 +13,7 @@ from adaptc.adapter import Adapter, Origin, Rows
 from adaptc.delta import LowRank, NeedsBase, Sparse
 from adaptc.errors import FormatError, NeedsError, UnsupportedError, UsageError
 from adaptc.kernels import SparseSwitch
+from adaptc.kernels.sparse import native
 from adaptc.quant.golomb import Golomb
 
 FAMILIES = sorted(TARGETS)
@@ -183,6 +184,45 @@ def test_what_it_refuses_leaves_the_model_alone() -> None:
     with pytest.raises(UsageError, match="2 scales for 1 adapters"):
         switch.apply("a", scales=(1.0, 2.0))
     assert switch.names == ("a",)
+    assert same(m, before)
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("threads", [1, 3])
+def test_the_compiled_loop_writes_what_index_copy_does(dtype: torch.dtype, threads: int,
+                                                       monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("llvmlite")
+    monkeypatch.setattr(native, "_PIECE", 1000)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+    for k in (native._WORTH, 9999, 1 << 15):
+        flat = torch.randn(1 << 15).to(dtype)
+        index = torch.randperm(1 << 15)[:k].sort().values
+        new, wanted = torch.randn(k).to(dtype), flat.clone()
+        some = native.packed(flat, index)
+        assert some.dtype == torch.int32
+        native.put(flat, some, new)
+        assert torch.equal(flat, wanted.index_copy_(0, index, new))
+    flat = torch.zeros(9)
+    native.put(flat, native.packed(flat, torch.tensor([0, 8])), torch.ones(2))  # too few to pay: torch's own
+    assert flat.tolist() == [1, 0, 0, 0, 0, 0, 0, 0, 1]
+
+
+def test_other_weights_and_choices_take_torchs_loop(monkeypatch: pytest.MonkeyPatch) -> None:
+    index = torch.arange(native._WORTH)
+    assert native.packed(torch.zeros(1 << 13, dtype=torch.float64), index) is index
+    monkeypatch.setenv("ADAPTC_KERNELS", "naive")
+    assert native.packed(torch.zeros(1 << 13), index) is index
+
+
+def test_a_large_layer_is_switched_by_the_compiled_loop() -> None:
+    m = nn.ModuleDict({"up": nn.Linear(300, 200, bias=False)})
+    places = torch.randperm(60_000)[:9000].sort().values
+    delta = Sparse(places, torch.randn(9000), 1.0, (200, 300))
+    before, a = state(m), Adapter({"up.weight": delta}, {}, Origin("peft"))
+    switch = SparseSwitch(m, {"a": a})
+    switch.apply("a")
+    assert torch.equal(m["up"].weight.double(), (before["up.weight"].double() + delta.dense()).float().double())
+    switch.restore()
     assert same(m, before)
 
 

@@ -113,6 +113,16 @@ def test_layers_that_are_not_wanted_and_a_limit(folder: Path, tmp_path: Path) ->
     assert (pooled.tokens, pooled.held_tokens) == (36, 4)  # a row each, not a token each
 
 
+def test_json_lines_and_text_for_an_encoder(folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps({"text": text(5, i)}) + "\n" for i in range(4)))
+    (tmp_path / "lines.txt").write_text("".join(text(5, i) + "\n" for i in range(4)))
+    for data in ("rows.jsonl", "lines.txt"):
+        about = calibrate(request(folder, "bert", data=tmp_path / data, held_out=0.5), tmp_path / f"{data}.stats").about
+        assert (about["tokens"], about["held_tokens"], about["passages"], about["held_passages"]) == (10, 10, 2, 2)
+    one, other = (Calibration(tmp_path / f"{data}.stats") for data in ("rows.jsonl", "lines.txt"))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+
+
 def test_sides_are_by_content() -> None:
     made = [Passage(torch.tensor([i % 20, 5])) for i in range(40)]
     train, held = split_passages(made, 0.25)

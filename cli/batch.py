@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from contextlib import closing
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -83,8 +84,9 @@ def _done(voice: Voice, planned: Plan, output: str, manifest: Any, engine: Engin
     from adaptc.evidence.fleet import run
 
     results = []
-    with engine, pace(voice, len(planned.todo), planned.nbytes, "adapters") as step:
-        for result in run(planned, output, manifest, engine):
+    with (engine, pace(voice, len(planned.todo), planned.nbytes, "adapters") as step,
+          closing(run(planned, output, manifest, engine)) as made):
+        for result in made:
             results.append(result)
             step(result.bytes_before, result.status == "failed")
     return results

@@ -5,12 +5,12 @@ from __future__ import annotations
 import math
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
 from adaptc import __version__
 from adaptc.errors import NeedsError, UsageError
@@ -28,6 +28,9 @@ class Lost:
     reason: str
 
 
+Results: TypeAlias = Generator[tuple[Job, Result | Lost], None, None]
+
+
 class Engine(Protocol):
     """Where jobs run. `map` takes a job only when it can start soon and yields results as they come."""
 
@@ -38,8 +41,8 @@ class Engine(Protocol):
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None,
                  trace: TracebackType | None) -> None: ...
 
-    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | Lost]]:
-        """Yield every job with its result, or with how it was lost."""
+    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Results:
+        """Yield every job with its result, or with how it was lost. Closed early, it stops what still runs."""
 
 
 class Serial(AbstractContextManager["Serial"]):
@@ -50,7 +53,7 @@ class Serial(AbstractContextManager["Serial"]):
     def __exit__(self, *_: object) -> None:
         return None
 
-    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | Lost]]:
+    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Results:
         """Yield every job with its result."""
         for job in jobs:
             yield job, work(job)
@@ -140,7 +143,7 @@ def plan(units: Sequence[Unit], order: Order, out: str, history: History, *, for
     return Plan(tuple(todo), frozenset(clear), tuple(done), order)
 
 
-def run(plan: Plan, out: str, manifest: Manifest, engine: Engine) -> Iterator[Result]:
+def run(plan: Plan, out: str, manifest: Manifest, engine: Engine) -> Generator[Result, None, None]:
     """Do what is planned and yield every result as it comes, written to the manifest before.
 
     What lies half done in the output folder is removed first and last; the manifest's lock says that nobody else
@@ -157,8 +160,9 @@ def run(plan: Plan, out: str, manifest: Manifest, engine: Engine) -> Iterator[Re
             manifest.append({"status": "started", "name": job.name, "clear": job.name in plan.clear})
             yield job
 
+    results = engine.map(process, handed_out())
     try:
-        for job, result in engine.map(process, handed_out()):
+        for job, result in results:
             if isinstance(result, Lost):
                 result = Result(job.name, job.input, "failed", job.stamp, bytes_before=job.nbytes, reason=result.reason)
             line = asdict(result) | about | {"time": _now(), "seconds": round(result.seconds, 4)}
@@ -167,6 +171,7 @@ def run(plan: Plan, out: str, manifest: Manifest, engine: Engine) -> Iterator[Re
             manifest.append(line)
             yield result
     finally:
+        results.close()  # whatever stopped this, no worker writes any more
         clear_staging(out)
         _drop_empty(out, plan.todo)
 

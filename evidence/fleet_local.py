@@ -21,7 +21,7 @@ from types import TracebackType
 from typing import Any
 
 from adaptc.errors import AdaptcError
-from adaptc.evidence.fleet import Lost
+from adaptc.evidence.fleet import Lost, Results
 from adaptc.evidence.fleet_work import Job, Result, prepare
 
 _READY = "ready"
@@ -64,24 +64,30 @@ class Local:
             while not worker.ready:
                 self._received(worker)
 
-    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | Lost]]:
+    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Results:
         """Yield results as they come; each worker holds one job, none wait in line.
 
         Raises AdaptcError where workers die before they have taken any job.
         """
         source = iter(jobs)
-        for worker in self._workers:
-            self._hand(worker, work, source)
-        while any(w.job is not None for w in self._workers):
-            busy = [w for w in self._workers if w.job is not None]
-            for pipe in wait([w.pipe for w in busy]):
-                worker = next(w for w in busy if w.pipe is pipe)
-                job, result = worker.job, self._received(worker)
-                if result is None or job is None:
-                    continue
-                worker.job = None
+        try:
+            for worker in self._workers:
                 self._hand(worker, work, source)
-                yield job, result
+            while busy := [w for w in self._workers if w.job is not None]:
+                for pipe in wait([w.pipe for w in busy]):
+                    worker = next(w for w in busy if w.pipe is pipe)
+                    job, result = worker.job, self._received(worker)
+                    if result is None or job is None:
+                        continue
+                    worker.job = None
+                    self._hand(worker, work, source)
+                    yield job, result
+        finally:
+            for worker in self._workers:
+                if worker.job is not None:  # the run stops here: nobody writes any more when this returns
+                    worker.process.kill()
+                    worker.process.join()
+                    worker.job = None
 
     def _hand(self, worker: _Worker, work: Callable[[Job], Result], source: Iterator[Job]) -> None:
         if (job := next(source, None)) is not None:

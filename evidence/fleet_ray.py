@@ -5,13 +5,13 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable
 from types import TracebackType
 from typing import Any
 
 from adaptc import __version__
 from adaptc.errors import AdaptcError, NeedsError, UsageError
-from adaptc.evidence.fleet import Lost
+from adaptc.evidence.fleet import Lost, Results
 from adaptc.evidence.fleet_work import Job, Result
 
 # Ray talks a lot, and reports its use to its makers unless told not to; all of it is read when it is imported.
@@ -58,7 +58,7 @@ class Ray:
         if self._mine:
             self._ray.shutdown()
 
-    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Iterator[tuple[Job, Result | Lost]]:
+    def map(self, work: Callable[[Job], Result], jobs: Iterable[Job]) -> Results:
         """Yield results as they come.
 
         As many tasks again as there are cores wait in line, and no more; none where the cluster has more cores than

@@ -81,7 +81,7 @@ CODES = {"sign": Code((-1.0, 1.0), 8), "ternary": Code((-1.0, 0.0, 1.0), 5),
 
 
 def encode(store: str, b: Tensor, a: Tensor, bits: float = 1.0) -> tuple[Array, Array, Array]:
-    """Return codes of a (ra, bytes), codes of b (rb, bytes) and the core (ra, rb) float16 for dW = b @ a.
+    """Return codes of a (ra, bytes; int8: (in, ra)), of b (rb, bytes) and the core (ra, rb) float16 for dW = b @ a.
 
     "sign" spends `bits` a parameter on sign planes (adaptc.quant.bitplane); the others keep the rank, code the singular
     vectors level by level, and refit the core by least squares. Raises UnsupportedError for a core beyond float16.
@@ -94,12 +94,14 @@ def encode(store: str, b: Tensor, a: Tensor, bits: float = 1.0) -> tuple[Array, 
     scaled = core / code.unit**2
     if float(np.abs(scaled).max(initial=0)) > 65504:
         raise UnsupportedError(f"a core of {np.abs(core).max():.3g} is beyond float16", hint="--store float16 holds it")
-    return code.pack(qa), code.pack(qb), scaled.astype(np.float16)
+    codes_a = code.pack(qa)
+    return codes_a.T.copy() if code.dequantized else codes_a, code.pack(qb), scaled.astype(np.float16)
 
 
 def decode(store: str, codes_a: Array, codes_b: Array, core: Array, shape: tuple[int, int]) -> tuple[Tensor, Tensor]:
     """Return float64 (b (out, r), a (r, in)) that the graph computes with, up to its own rounding."""
     code = CODES[store]
+    codes_a = codes_a.T if code.dequantized else codes_a
     qa, qb = code.unpack(codes_a, shape[1]).astype(np.float64), code.unpack(codes_b, shape[0]).astype(np.float64)
     return torch.from_numpy(qb.T @ core.astype(np.float64).T), torch.from_numpy(qa)
 
@@ -128,7 +130,6 @@ def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool, dequantized: boo
     for side, cut in (("a", cut_a), ("b", cut_b)):
         levels = f"q{side}"
         if dequantized:
-            # With the zero point left out, ONNX Runtime 1.32 quantises around the Transpose to unsigned bytes.
             nodes.append(helper.make_node("DequantizeLinear", [side, "table", "zero_point"], [levels]))
             continue
         nodes.append(helper.make_node("Decode", [side, "table", f"shape_{side}"], ["w" + side if cut else levels],
@@ -136,8 +137,9 @@ def functions(opset: int, dtype: int, cut_a: bool, cut_b: bool, dequantized: boo
         if cut:
             inputs.append(f"n_{side}")
             nodes.append(helper.make_node("Slice", ["w" + side, "zero", f"n_{side}", "one"], [levels]))
-    nodes += [helper.make_node("Transpose", ["qa"], ["qat"], perm=[1, 0]),
-              helper.make_node("MatMul", ["x", "qat"], ["h"]),
+    # int8 codes lie (in, ra) already: ONNX Runtime 1.32 quantises around a Transpose, with types that disagree.
+    turned = [] if dequantized else [helper.make_node("Transpose", ["qa"], ["qat"], perm=[1, 0])]
+    nodes += [*turned, helper.make_node("MatMul", ["x", "qa" if dequantized else "qat"], ["h"]),
               helper.make_node("MatMul", ["h", "c"], ["hc"]), helper.make_node("MatMul", ["hc", "qb"], ["y"])]
     name = "Branch" + "8" * dequantized + "A" * cut_a + "B" * cut_b + (f"_{dtype}" if dtype != 1 else "")
     branch = helper.make_function(DOMAIN, name, inputs, ["y"], nodes, [default, own])

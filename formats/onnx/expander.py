@@ -91,7 +91,9 @@ def _module(emit: Emitter, key: str, adapter: Adapter, slot: Slot, weight: Weigh
         raise UnsupportedError(f"{key}: input {slot.a} takes codes, an expander feeds floats",
                                hint="--slots required --store float32 makes slots for it")
     if slot.delta:
-        out, into = slot.shape
+        out, into = delta.shape
+        if slot.shape[0] not in (0, out):
+            raise FormatError(f"{key}: adapter is for shape {(out, into)}, input {slot.delta} for {slot.shape[0]} rows")
         _output(emit, slot.delta, emit_matrix(emit, inner(delta)), slot.dtype, [into, out])
     else:
         low = factors(key, delta)

@@ -56,7 +56,10 @@ def _declare(edit: Edit, slot: Slot, store: str, dtype: int, required: bool) -> 
     elif slot.core:
         code = CODES[store]
         byte = _INT8 if code.dequantized else _UINT8
-        inputs = [(slot.a, byte, ["ra", code.nbytes(into)], (0, code.nbytes(into))),
+        first: tuple[list[int | str], tuple[int, int]] = (["ra", code.nbytes(into)], (0, code.nbytes(into)))
+        if code.dequantized:
+            first = ([into, "ra"], (into, 0))
+        inputs = [(slot.a, byte, *first),
                   (slot.b, byte, ["rb", code.nbytes(out)], (0, code.nbytes(out))),
                   (slot.core, FLOAT16, ["ra", "rb"], (0, 0))]
     else:

@@ -4,7 +4,8 @@ The names are those of Olive and ORT GenAI, so that their adapters load into mod
 
     STEM.lora_A.weight (in, r)    STEM.lora_B.weight (r, out)        floats, the scale folded into B
     STEM.lora_A.MatMul.weight     STEM.lora_B.MatMul.weight          the same, as ORT GenAI's builder calls them
-    STEM.lora_A.codes (r, bytes)  STEM.lora_B.codes  STEM.lora_core  codes that the graph decodes (formats.onnx.codes)
+    STEM.lora_A.codes (r, bytes)  STEM.lora_B.codes  STEM.lora_core  codes that the graph decodes (formats.onnx.codes);
+                                                                     int8 ones of A lie (in, r)
     STEM.lora_magnitude (out,)    gains of DoRA                      STEM.lora_delta (in or 0, out)  a full change
     PARAMETER.replaced            a head, norm or bias that the adapter carries whole
 """
@@ -27,6 +28,7 @@ FLOAT_STORES = {"float32": FLOAT, "float16": FLOAT16}
 _FACTOR = re.compile(r"(.+)\.lora_(A|B)\.((?:MatMul\.)?weight|codes)$")
 _OTHER = re.compile(r"(.+)\.lora_(core|magnitude|delta)$")
 _REPLACED = ".replaced"
+INT8 = 3
 
 
 @dataclass(frozen=True)
@@ -98,7 +100,8 @@ def _slot(model: Model, stem: str, names: Mapping[str, Any]) -> Slot:
     a, b = model.inputs[names["a"]], model.inputs[names["b"]]
     rows, columns = _dims(a), _dims(b)
     if "core" in names:  # the dims count bytes, the module's own shape is not known
-        return Slot(stem, (0, 0), **more, rank=rows[0], nbytes=(rows[1] or 0, columns[1] or 0))
+        whole = rows[0] if types["a"] == INT8 else rows[1]
+        return Slot(stem, (0, 0), **more, nbytes=(whole or 0, columns[1] or 0))
     return Slot(stem, (columns[1] or 0, rows[0] or 0), **more, rank=rows[1], dtype=types["a"])
 
 

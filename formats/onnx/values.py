@@ -86,7 +86,7 @@ def fed(key: str, delta: Delta, slot: Slot, store: str, *, bits: float, weight: 
             coded = encode(store, b.double().mT, a.double().mT, bits)
         except AdaptcError as e:
             raise type(e)(f"{key}: {e}", hint=e.hint) from e
-        widths = (coded[0].shape[1], coded[1].shape[1])
+        widths = (coded[0].shape[0 if CODES[store].dequantized else 1], coded[1].shape[1])
         if slot.nbytes not in ((0, 0), widths):
             raise FormatError(f"{key}: adapter is for shape {low.shape}, rows of {widths} bytes; input {slot.a} takes "
                               f"{slot.nbytes}", hint="the model is not the base the adapter was made for")
@@ -114,9 +114,9 @@ def nothing(slot: Slot, store: str) -> dict[str, Array]:
     if slot.delta:
         arrays[slot.delta] = np.zeros((0, out), _numpy(slot.dtype))
     elif slot.core:
-        dtype = CODES[store].dtype
-        arrays = {slot.a: np.zeros((0, slot.nbytes[0]), dtype), slot.b: np.zeros((0, slot.nbytes[1]), dtype),
-                  slot.core: np.zeros((0, 0), np.float16)}
+        code, first = CODES[store], (0, slot.nbytes[0])
+        arrays = {slot.a: np.zeros(first[::-1] if code.dequantized else first, code.dtype),
+                  slot.b: np.zeros((0, slot.nbytes[1]), code.dtype), slot.core: np.zeros((0, 0), np.float16)}
     else:
         rank = slot.rank or 0
         arrays = {slot.a: np.zeros((into, rank), _numpy(slot.dtype)), slot.b: np.zeros((rank, out), _numpy(slot.dtype))}

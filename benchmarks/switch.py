@@ -19,7 +19,6 @@ from importlib.metadata import version
 from typing import Any
 
 import kernels_path
-import peft
 import torch
 from torch import Tensor, nn
 
@@ -67,6 +66,8 @@ def contestants(weights: list[Tensor]) -> dict[str, Callable[[int], Any]]:
 
 def switches(weights: list[Tensor]) -> tuple[dict[str, Callable[[int], Any]], list[Any]]:
     """Return SparseSwitch and PEFT on modules over the same weights: apply and restore, merge and unmerge."""
+    import peft
+
     dtype, index = weights[0].dtype, [positions(0.01, i) for i in range(2)]
     layers = []
     for w in weights:

@@ -33,7 +33,7 @@ class Tuned(Opened):
                epilog=example("adaptc sparsify tuned-model/ --base model/ --density 0.02"))
 @input_argument()
 @click.option("-o", "--output", type=click.Path(), metavar="OUT",
-              help="Where to write; beside IN by default (in.d0.01.adaptc.safetensors, or in-k8/ for PEFT).")
+              help="Where to write; beside IN by default (in.d0.01.adaptc.safetensors, or in-d0.01/ for a folder).")
 @click.option("--density", type=float, metavar="D", help="Share of the entries of every module, as 0.01.")
 @click.option("--count-like-rank", "rank", type=click.IntRange(min=1), metavar="R",
               help="R (out + in) entries of every module, as many as rank-R factors have: PEFT's SHIRA.")

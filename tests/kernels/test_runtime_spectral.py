@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from runtime_models import ids, model
@@ -9,9 +11,15 @@ from torch import nn
 
 import adaptc
 from adaptc.adapter import Adapter, Origin
+from adaptc.base import Base
+from adaptc.calibration import Calibration, write_calibration
+from adaptc.errors import FormatError
 from adaptc.kernels import walsh
 from adaptc.kernels.walsh.branch import SpectralBeside
+from adaptc.passes import Context
 from adaptc.quant.golomb import Golomb
+from adaptc.quant.qwha import QWHA
+from adaptc.quant.qwha_base import layers, rewritten
 from adaptc.quant.walsh import name_for, transform
 from adaptc.spectral import Spectral
 
@@ -94,3 +102,29 @@ def test_products_with_small_matrices_equal_the_butterflies(monkeypatch: pytest.
     expected = walsh.transform(x, had, 256)
     monkeypatch.setenv("ADAPTC_KERNELS", "auto")
     torch.testing.assert_close(walsh.transform(x, had, 256), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_written_base_loads_in_transformers_and_takes_the_adapter_alone(tmp_path: Path) -> None:
+    import transformers
+
+    model("llama").save_pretrained(tmp_path / "base")
+    base = Base(tmp_path / "base")
+    keys = [k for k in base if k.endswith("proj.weight")]
+    g = torch.Generator().manual_seed(0)
+    x = {n: torch.randn(300, n, generator=g) @ torch.randn(n, n, generator=g) for n in (64, 112)}
+    moments = {k: x[base[k].shape[1]].T @ x[base[k].shape[1]] / 300 for k in keys}
+    write_calibration(tmp_path / "s.safetensors", moments, {"tokens": 300})
+    calibration = Calibration(tmp_path / "s.safetensors")
+    with rewritten(base, tmp_path / "int4") as put:
+        made, _ = QWHA(quant="int4", rank_budget=4).measured(layers(base, calibration, None),
+                                                             Context(base, calibration, jobs=1), put)
+    adaptc.save(made.adapter, tmp_path / "a.adaptc.safetensors")
+    quantised = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int4").eval()
+    merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "int4").eval()
+    for key, delta in made.adapter.deltas.items():
+        merged.get_parameter(key).data += delta.dense().float()
+    with torch.no_grad():
+        adaptc.attach(quantised, tmp_path / "a.adaptc.safetensors")
+        torch.testing.assert_close(quantised(ids()).logits, merged(ids()).logits, rtol=1e-4, atol=1e-5)
+        with pytest.raises(FormatError, match="fingerprint"):
+            adaptc.attach(model("llama"), tmp_path / "a.adaptc.safetensors")

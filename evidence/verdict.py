@@ -87,18 +87,24 @@ def judge(runs: Runs) -> Verdict:
 
 
 def _scale(runs: Runs, got: Tensor, base: Tensor, start: float) -> tuple[float, float]:
-    """Return the multiple of the adapter that explains the change best, and what it leaves of the change."""
-    scale, best = start, (start, math.inf)
-    for _ in range(_STEPS):
-        if not math.isfinite(scale) or not 1e-4 < abs(scale) < 1e4:
-            break
+    """Return the multiple of the adapter that explains the change best, and what it leaves of the change.
+
+    From the best of the linear fit and powers of two of both signs, c is multiplied by its own least squares fit.
+    """
+    def tried(scale: float) -> tuple[float, float, float]:
         change = runs.expected("", scale).double() - base
-        left = _ratio(got - change, got)
-        if left < best[1]:
-            best = scale, left
         square = float(change.square().sum())
-        scale *= float((got * change).sum()) / square if square else math.nan
-    return best
+        return _ratio(got - change, got), scale, float((got * change).sum()) / square if square else math.nan
+
+    first = [start, *(sign * 2.0**k for k in range(-6, 7) for sign in (1, -1))]
+    best = min(tried(c) for c in first if math.isfinite(c) and 1e-4 < abs(c) < 1e4)
+    now = best
+    for _ in range(_STEPS):
+        if not (math.isfinite(now[2]) and now[2]):
+            break
+        now = tried(now[1] * now[2])
+        best = min(best, now)
+    return best[1], best[0]
 
 
 def _ratio(part: Tensor, whole: Tensor) -> float:
@@ -118,15 +124,15 @@ def compare_source(made: Adapter, source: Adapter, guesses: Sequence[tuple[str, 
     if missing:
         return Verdict("modules are missing", f"{len(missing)} of {len(keys)} modules are not in the artefact "
                        f"({missing[0]})", figures)
-    error, factor = _against(made, source, keys)
+    error, factor, cosine = _against(made, source, keys)
     figures |= {"weight_error": error, "scale": 1 / factor if factor else math.inf}
     for clause, fixed in guesses:
         if error > 0.1 and _against(fixed, source, keys)[0] < 0.7 * error:
             return Verdict("wrong permutation", clause, figures)
+    if cosine < 0.3:
+        return Verdict("another adapter", f"the artefact holds something else (cosine {cosine:.2g})", figures)
     if error > 0.02 and abs(factor - 1) > 0.02 and abs(factor) > 1e-3 and not _explained(error, factor):
         return Verdict("wrong scale", f"the artefact holds {1 / factor:.4g} times the adapter", figures)
-    if error >= 0.99:
-        return Verdict("another adapter", f"the artefact differs from it by {error:.2g} of its size", figures)
     return Verdict("", f"it holds the adapter to {error:.2g} of its size", figures)
 
 
@@ -135,14 +141,16 @@ def _explained(error: float, factor: float) -> bool:
     return (factor - 1) ** 2 < 0.05 * error**2
 
 
-def _against(made: Adapter, source: Adapter, keys: Sequence[str]) -> tuple[float, float]:
-    """Return ||dW - dW^|| / ||dW|| and <dW, dW^> / ||dW^||^2 over all modules."""
+def _against(made: Adapter, source: Adapter, keys: Sequence[str]) -> tuple[float, float, float]:
+    """Return ||dW - dW^|| / ||dW||, <dW, dW^> / ||dW^||^2 and the size of the cosine between them, over all modules."""
     total = left = own = 0.0
     for key in keys:
         x, y = _plain(source.deltas[key]), _plain(made.deltas[key])
         total, own, left = total + norm2(x), own + norm2(y), left + distance2(x, y)
     inner = (total + own - left) / 2
-    return math.sqrt(left / total) if total else 0.0, inner / own if own else 0.0
+    if not total or not own:
+        return (1.0 if total else 0.0), 0.0, 0.0
+    return math.sqrt(left / total), inner / own, abs(inner) / math.sqrt(own * total)
 
 
 def _plain(delta: Delta) -> Delta:

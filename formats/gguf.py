@@ -77,7 +77,8 @@ class Gguf(Format):
             types[key] = [BY_ID[both[x].type].name for x in ("lora_a", "lora_b")]
             if stem == "token_embd.weight":
                 layout[key] = "embedding"
-        config = {"facts": {k: v for k, v in facts.items() if k != HISTORY_KEY}, "types": types,
+        told = _heads(target) if target is not None else {}
+        config = {"facts": told | {k: v for k, v in facts.items() if k != HISTORY_KEY}, "types": types,
                   "raw": target is None}
         base = facts.get("general.base_model.0.name")
         history = read_history({HISTORY_KEY: str(facts.get(HISTORY_KEY, "[]"))})
@@ -167,9 +168,7 @@ class Gguf(Format):
             _ALPHA: _alpha(adapter), "general.quantization_version": 2}
         if origin.base_model:
             facts |= {"general.base_model.count": 1, "general.base_model.0.name": origin.base_model}
-        if target.heads is not None and target.kv_heads is not None:
-            facts |= {f"{target.arch}.attention.head_count": target.heads,
-                      f"{target.arch}.attention.head_count_kv": target.kv_heads}
+        facts |= _heads(target)
         if _mine(adapter):
             kept = {k: v for k, v in origin.config["facts"].items()
                     if k not in facts and isinstance(v, (str, int, float)) and not isinstance(v, bool)}
@@ -186,6 +185,14 @@ def typed(fmt: Gguf, **options: Any) -> Gguf:
         if options.get(name) is not None and options[name] not in TYPES:
             raise UnsupportedError(f"tensor type {options[name]} is not written (known: {', '.join(TYPES)})")
     return replace(fmt, **options)
+
+
+def _heads(target: Target) -> dict[str, int]:
+    """Return the facts by which the rows of q and k are brought back."""
+    if target.heads is None or target.kv_heads is None:
+        return {}
+    return {f"{target.arch}.attention.head_count": target.heads,
+            f"{target.arch}.attention.head_count_kv": target.kv_heads}
 
 
 def _mine(adapter: Adapter) -> bool:

@@ -43,10 +43,11 @@ class Family:
 
 _TOP = {"token_embd": "model.embed_tokens", "output": "lm_head"}
 _ROTARY = Family("model.layers", _LLAMA, _TOP)
+_TIED = Family("model.layers", _LLAMA, {"token_embd": "model.embed_tokens"})  # llama.cpp has no head of their own
 _PERMUTED = Family("model.layers", _LLAMA, _TOP, permutes=True)
 FAMILIES: dict[str, Family] = {
     "llama": _PERMUTED, "smollm3": _PERMUTED, "granite": _PERMUTED, "qwen2": _ROTARY, "qwen3": _ROTARY,
-    "gemma": _ROTARY, "gemma2": _ROTARY, "gemma3": _ROTARY, "command-r": _ROTARY, "olmo2": _ROTARY,
+    "gemma": _TIED, "gemma2": _TIED, "gemma3": _ROTARY, "command-r": _TIED, "olmo2": _ROTARY,
     "stablelm": _ROTARY, "phi2": Family("model.layers", _PHI2, _TOP), "phi3": Family("model.layers", _PHI3, _TOP),
     "starcoder2": Family("model.layers", _STARCODER2, _TOP),
     "gpt2": Family("transformer.h", _GPT2, {"token_embd": "transformer.wte", "output": "lm_head"}),

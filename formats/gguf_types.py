@@ -11,8 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-# (blocks, block) values and their weights -> (blocks, nbytes) uint8
-Encode = Callable[[Tensor, Tensor], Tensor]
+# (blocks, block) values and the weights of their squares (None: all alike) -> (blocks, nbytes) uint8
+Encode = Callable[[Tensor, "Tensor | None"], Tensor]
 Decode = Callable[[Tensor], Tensor]
 _TINY = 1e-12
 
@@ -45,10 +45,11 @@ class BlockType:
         rows, n = x.shape
         if n % self.block:
             raise ValueError(f"{self.name} stores blocks of {self.block}, a row has {n} values")
-        w = torch.ones(n) if weights is None else (weights / weights.amax().clamp(min=1e-300)).float().clamp(min=_TINY)
-        blocks = x.reshape(-1, self.block)
-        each = w.reshape(-1, self.block).repeat(rows, 1) if self.quantized else w[:0]
-        return self.pack(blocks, each).reshape(rows, n // self.block * self.nbytes)
+        each = None
+        if weights is not None and self.quantized:
+            w = (weights / weights.amax().clamp(min=1e-300)).float().clamp(min=_TINY)
+            each = w.reshape(-1, self.block).repeat(rows, 1)
+        return self.pack(x.reshape(-1, self.block), each).reshape(rows, n // self.block * self.nbytes)
 
     def decode(self, raw: Tensor) -> Tensor:
         """Return the values (rows, n) of uint8 (rows, bytes of a row): float32, or the dtype that is stored."""
@@ -60,7 +61,7 @@ class BlockType:
 
 
 def _plain(name: str, id: int, dtype: torch.dtype) -> BlockType:
-    def pack(x: Tensor, _: Tensor) -> Tensor:
+    def pack(x: Tensor, _: Tensor | None) -> Tensor:
         return x.to(dtype).contiguous().view(torch.uint8)
 
     return BlockType(name, id, 1, dtype.itemsize, 0.0, pack, lambda raw: raw.contiguous().view(dtype))
@@ -75,8 +76,9 @@ def _pack_half(d: Tensor) -> Tensor:
     return d.to(torch.float16)[:, None].contiguous().view(torch.uint8)
 
 
-def _fitted(x: Tensor, w: Tensor, starts: list[Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
+def _fitted(x: Tensor, weights: Tensor | None, starts: list[Tensor], low: int, high: int) -> tuple[Tensor, Tensor]:
     """Return (d, q) that minimise sum w (x - d q)^2 over the starting scales, each refitted once and cast to fp16."""
+    w = torch.ones_like(x) if weights is None else weights
     least, scale, codes = torch.full_like(starts[0], torch.inf), torch.zeros_like(starts[0]), torch.zeros_like(x)
     for start in starts:
         d = start
@@ -92,8 +94,9 @@ def _fitted(x: Tensor, w: Tensor, starts: list[Tensor], low: int, high: int) -> 
     return scale, codes
 
 
-def _pack_q8_0(x: Tensor, w: Tensor) -> Tensor:
-    d, q = _fitted(x.float(), w, [x.float().abs().amax(1) / 127], -127, 127)
+def _pack_q8_0(x: Tensor, w: Tensor | None) -> Tensor:
+    top = x.float().abs().amax(1)
+    d, q = _fitted(x.float(), w, [top / k for k in (127, 126, 125)], -127, 127)
     return torch.cat([_pack_half(d), q.to(torch.int8).view(torch.uint8)], 1)
 
 
@@ -101,11 +104,12 @@ def _unpack_q8_0(raw: Tensor) -> Tensor:
     return _half(raw[:, :2]) * raw[:, 2:].contiguous().view(torch.int8).float()
 
 
-def _pack_q4_0(x: Tensor, w: Tensor) -> Tensor:
+def _pack_q4_0(x: Tensor, w: Tensor | None) -> Tensor:
     x = x.float()
     extreme = x.gather(1, x.abs().argmax(1, keepdim=True))[:, 0]
-    # Values that are already on such a grid are found exactly: their extreme is d times one of these.
-    d, q = _fitted(x, w, [extreme / k for k in (-8, -7, 7, -6, 6, -5, 5, -4, 4)], -8, 7)
+    # Values that are on such a grid already are found exactly: their extreme is d times one of all these.
+    divisors = (-8, -7, 7, -6, 6, -5, 5) if w is not None else (-8, *(s * k for k in range(7, 0, -1) for s in (-1, 1)))
+    d, q = _fitted(x, w, [extreme / k for k in divisors], -8, 7)
     code = (q + 8).to(torch.uint8)
     return torch.cat([_pack_half(d), code[:, :16] | code[:, 16:] << 4], 1)
 
@@ -118,9 +122,9 @@ def _unpack_q4_0(raw: Tensor) -> Tensor:
 _BITS = torch.tensor([1, 2, 4, 8, 16, 32, 64, 128], dtype=torch.uint8)
 
 
-def _pack_q1_0(x: Tensor, w: Tensor) -> Tensor:
+def _pack_q1_0(x: Tensor, w: Tensor | None) -> Tensor:
     x = x.float()
-    d = (w * x.abs()).sum(1) / w.sum(1)
+    d = x.abs().mean(1) if w is None else (w * x.abs()).sum(1) / w.sum(1)
     bits = (x >= 0).reshape(-1, 16, 8).to(torch.uint8) * _BITS
     return torch.cat([_pack_half(d), bits.sum(2, dtype=torch.uint8)], 1)
 
@@ -130,14 +134,14 @@ def _unpack_q1_0(raw: Tensor) -> Tensor:
     return _half(raw[:, :2]) * (bits.float() * 2 - 1)
 
 
-def _ternary(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+def _ternary(x: Tensor, w: Tensor | None) -> tuple[Tensor, Tensor]:
     """Return (d, q in {0, 1, 2}): the k largest |x| become +-d, with the k that leaves the least error.
 
     For equal weights the error is sum x^2 - (sum of the k largest)^2 / k, so k is found from one sort.
     """
     x = x.float()
     size, order = x.abs().sort(1, descending=True)
-    weight = w.gather(1, order)
+    weight = torch.ones_like(x) if w is None else w.gather(1, order)
     gain = (weight * size).cumsum(1).square() / weight.cumsum(1)
     k = gain.argmax(1, keepdim=True)
     d = ((weight * size).cumsum(1).gather(1, k) / weight.cumsum(1).gather(1, k))[:, 0]
@@ -145,7 +149,7 @@ def _ternary(x: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
     return d, (torch.sign(x) * kept + 1).to(torch.uint8)
 
 
-def _pack_tq2_0(x: Tensor, w: Tensor) -> Tensor:
+def _pack_tq2_0(x: Tensor, w: Tensor | None) -> Tensor:
     d, q = _ternary(x, w)
     four = q.reshape(-1, 2, 4, 32)
     codes = four[:, :, 0] | four[:, :, 1] << 2 | four[:, :, 2] << 4 | four[:, :, 3] << 6
@@ -162,7 +166,7 @@ def _unpack_tq2_0(raw: Tensor) -> Tensor:
 _TRITS = ((0, 5, 32), (160, 5, 16), (240, 4, 4))
 
 
-def _pack_tq1_0(x: Tensor, w: Tensor) -> Tensor:
+def _pack_tq1_0(x: Tensor, w: Tensor | None) -> Tensor:
     d, q = _ternary(x, w)
     parts = []
     for first, n, width in _TRITS:

@@ -12,7 +12,7 @@ from files import equal, noise, put, put_config, stored
 
 import adaptc
 from adaptc.adapter import Adapter, Origin
-from adaptc.delta import Dense, LowRank, NeedsBase
+from adaptc.delta import Dense, Hadamard, LowRank, NeedsBase
 from adaptc.errors import FormatError, LossError, NeedsError, UnsupportedError
 
 CONFIG: dict[str, Any] = {"fine_tune_type": "lora", "model": "some/base", "num_layers": 2,
@@ -162,3 +162,16 @@ def test_what_mlx_cannot_say(tmp_path: Path) -> None:
         adaptc.save(Adapter(deltas, {}, Origin("peft")), tmp_path / "out", dialect="mlx")
     assert len(e.value.losses) == 3
     assert not (tmp_path / "out").exists()
+
+
+def test_products_wider_than_the_weight_are_narrowed_and_read_back(tmp_path: Path) -> None:
+    """LoHa's factors of rank 8 multiply to rank 64 on a 6 x 12 weight, which a reader takes for the wrong order."""
+    half = LowRank(noise(8, 12), noise(6, 8, seed=1), None, 1.0, (6, 12))
+    deltas = {"a.layers.0.q.weight": Hadamard(half, half, 1.0, (6, 12)),
+              "a.layers.0.k.weight": LowRank(noise(4, 32), noise(32, 4, seed=1), None, 1.0, (32, 32))}
+    adapter = Adapter(deltas, {}, Origin("peft", {"peft_type": "LOHA"}))
+    for out in (tmp_path / "out", tmp_path / "out.safetensors"):
+        back = adaptc.load(adaptc.save(adapter, out, dialect="mlx"))
+        assert {d.rank for d in back.deltas.values()} == {6}
+        for key, delta in deltas.items():
+            torch.testing.assert_close(back.deltas[key].dense(), delta.dense(), rtol=1e-5, atol=1e-5)

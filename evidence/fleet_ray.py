@@ -5,7 +5,9 @@ from __future__ import annotations
 import logging
 import os
 import socket
-from collections.abc import Callable, Iterable
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from types import TracebackType
 from typing import Any
 
@@ -84,14 +86,20 @@ class Ray:
         quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.CRITICAL}
         try:
             if self.address is None:
-                self._ray.init(num_cpus=self.jobs or None, include_dashboard=False, object_store_memory=_STORE, **quiet)
+                own = {"num_cpus": self.jobs or None, "include_dashboard": False, "object_store_memory": _STORE}
+                with _hushed():
+                    self._ray.init(**own, **quiet)
             else:
                 _reach(self.address)
-                self._ray.init(address=self.address, **quiet)
+                with _hushed():
+                    self._ray.init(address=self.address, **quiet)
         except AdaptcError:
             raise
         except Exception as e:  # ConnectionError, TimeoutError, RuntimeError, by the way it fails
             where = f"Ray cluster {self.address}" if self.address else "a Ray cluster on this machine"
+            if "AuthToken" in f"{e} {e.__cause__}":
+                raise AdaptcError(f"{where} wants a token", hint="RAY_AUTH_MODE=token with RAY_AUTH_TOKEN or "
+                                  "RAY_AUTH_TOKEN_PATH, or the file that `ray get-auth-token` reads") from e
             said = next((line for line in str(e).splitlines() if line.strip()), type(e).__name__)
             raise AdaptcError(f"{where} cannot be reached ({said})", hint="--engine local needs no cluster") from e
 
@@ -121,6 +129,20 @@ class Ray:
             return Lost(f"{type(e).__name__}: {said.strip()}")
         assert isinstance(result, Result)
         return result
+
+
+@contextmanager
+def _hushed() -> Iterator[None]:
+    """Send to nowhere what Ray's compiled part writes to stderr while it connects; failures are raised as well."""
+    sys.stderr.flush()
+    kept, nowhere = os.dup(2), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 2)
+        yield
+    finally:
+        os.dup2(kept, 2)
+        os.close(kept)
+        os.close(nowhere)
 
 
 def _version() -> str:

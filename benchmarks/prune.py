@@ -35,8 +35,8 @@ WINDOWS, LENGTH = 16, 256
 TRAIN_LENGTH, RATE = 128, 3e-4
 DTYPE = torch.bfloat16  # of base weights and products: 3.3 times as fast as float32 on the CPU of the page
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
-    ("magnitude", {}), ("wanda", {}), ("adapter", {}), ("loraprune", {}), ("loraprune, refit", {"refit": True}),
-    ("wanda, refit", {"refit": True}), ("loraprune, squared", {"squared": True}))
+    ("loraprune", {}), ("wanda", {}), ("magnitude", {}), ("adapter", {}), ("wanda, refit", {"refit": True}),
+    ("loraprune, refit", {"refit": True}), ("loraprune, squared", {"squared": True}))
 
 
 def perplexity(model: Any, ids: torch.Tensor) -> float:
@@ -119,7 +119,7 @@ def one(name: str, ratio: float, options: dict[str, Any], base: Path, adapter: A
     criterion = name.partition(",")[0] if ratio else "magnitude"
     chosen = Options(ratio=ratio, criterion=criterion, **options)  # type: ignore[arg-type]
     began = time.monotonic()
-    pruned = prune(open_model(base), adapter, chosen, statistics, out=out, force=True)
+    pruned = prune(open_model(base), adapter, chosen, statistics, out=out, measure=False, force=True)
     seconds = time.monotonic() - began
     model = load(out, out / "adapter")
     before = perplexity(model, test)

@@ -30,6 +30,12 @@ def unpack_gguf(path: Path, folder: Path) -> None:
         tokenizer = transformers.AutoTokenizer.from_pretrained(**where)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as e:
         raise UnsupportedError(f"{path}: transformers cannot convert it ({' '.join(str(e).split())[:160]})") from e
+    for fact, value in base.config.items():  # transformers leaves some of the header's facts at its defaults
+        if fact != "model_type" and hasattr(config, fact):
+            setattr(config, fact, value)
+    for flag, module in (("attention_bias", "q_proj"), ("mlp_bias", "up_proj")):  # nor does it look for biases
+        if hasattr(config, flag):
+            setattr(config, flag, any(name.endswith(f"{module}.bias") for name in base))
     config.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     told = json.loads((folder / "config.json").read_text())

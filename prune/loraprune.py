@@ -153,12 +153,13 @@ def plan(model: Model, weights: Merged, options: Options, keep: Keep, calibratio
 
 def prune(model: Model, adapter: Adapter | None, options: Options, calibration: Calibration | None = None, *,
           out: Path | None = None, keep: Keep | None = None, earlier: Mapping[str, Cut] | None = None,
-          about: Mapping[str, Any] | None = None, force: bool = False, inputs: tuple[Path, ...] = (),
-          progress: Progress | None = None) -> Pruned:
+          about: Mapping[str, Any] | None = None, measure: bool = True, force: bool = False,
+          inputs: tuple[Path, ...] = (), progress: Progress | None = None) -> Pruned:
     """Prune a model and its adapter; with `out` write the model folder, its adapter/ and the index map into it.
 
     `keep` overrides the widths that `options.ratio` asks for (a schedule counts from the first model); `earlier` are
-    the cuts that led to this model, which the map then contains too. Raises AdaptcError for an adapter of another
+    the cuts that led to this model, which the map then contains too. `measure` says whether output losses are measured
+    on the moments of `calibration`, which costs as much as a repair. Raises AdaptcError for an adapter of another
     base, statistics that are missing, an output that exists.
     """
     weights = merged(model.base, adapter, model.shapes)
@@ -173,7 +174,8 @@ def prune(model: Model, adapter: Adapter | None, options: Options, calibration: 
     repairs = [k for k, c in cuts.items() if c.cols is not None and not c.whole] if calibration is not None else []
     if options.refit and calibration is None:
         raise NeedsError("--refit needs calibration statistics", hint="adaptc calibrate, then --calibration S")
-    known = [k for k in repairs if options.refit or (calibration is not None and calibration.moment(k) is not None)]
+    known = [k for k in repairs if options.refit or (
+        measure and calibration is not None and calibration.moment(k) is not None)]
 
     def measured(key: str) -> Tensor | None:
         assert calibration is not None

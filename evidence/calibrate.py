@@ -66,7 +66,7 @@ def calibrate(request: Request, out: Path, adapter: Adapter | None = None, *, fo
     task = request.task or task_of(request.base, adapter)
     if request.gradients and task == "embed":
         raise UsageError("gradients need a loss, and embed has none", hint="--task lm or --task classify")
-    rows = read_rows(request.data)
+    rows, data = read_rows(request.data), hashlib.sha256(request.data.read_bytes()).hexdigest()
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)  # parameters that the base lacks, as a pooler, are drawn
         loaded = load_model(request.base, task, labels_of(adapter) if adapter is not None else None)
@@ -83,7 +83,7 @@ def calibrate(request: Request, out: Path, adapter: Adapter | None = None, *, fo
     state = State(out, request_digest(request, task, base, adapter, [*train, *held]), run)
     resumed = state.load(force, resume)
     _work(run, state, batches(train, request.batch, pad), batches(held, request.batch, pad), resumed, progress, every)
-    about = _about(request, run, state, train, held) | {"base_digest": base}
+    about = _about(request, run, state, train, held) | {"base_digest": base, "data": data}
     write_calibration(out, state.train, about, held=state.held, gradients=run.gradients, force=force)
     state.remove()
     return _report(out, run, state, about, resumed)
@@ -116,7 +116,7 @@ def _about(request: Request, run: Run, state: State, train: list[Passage], held:
             counts[key] = own
     about: dict[str, Any] = {
         "version": __version__, "base": Path(request.base).name, "task": run.task, "window": request.window,
-        "data": hashlib.sha256(request.data.read_bytes()).hexdigest(), "data_name": request.data.name,
+        "data_name": request.data.name,
         "tokens": tokens, "held_tokens": held_tokens, "passages": len(train), "held_passages": len(held),
         "shared": {k: v for k, v in moments.leaders.items() if k != v}, "counts": counts,
         "adapted": run.adapter is not None,

@@ -20,7 +20,7 @@ from adaptc.errors import UsageError
 
 if TYPE_CHECKING:
     from adaptc.cli.reading import Opened
-    from adaptc.evidence.curve import Point
+    from adaptc.evidence.curve import Bound, Point
     from adaptc.evidence.sweep import Bench, Recipe
 
 _RANKS, _BITS = "1,2,4,8,16", "0.25,0.5,1,2,4"
@@ -77,8 +77,7 @@ def command(source: str, output: str | None, base: str, data: str, ranks: str | 
     most = rank_of_all(bench.source)
     recipes, notes = _recipes(bench, ranks, bits, sizes, bound is not None, most)
     if bound is not None:
-        saved = Path(save) if save is not None else _beside(opened, f".{_word(str(bound))}{_suffix(bench, by)}")
-        check(saved, force=force, inputs=opened.inputs)
+        saved = _saved(opened, bench, bound, by, save, force)
     with voice.progress() as progress, about(source):
         points = bench.points([SOURCE, *recipes], progress)
         quality = metric or next(m for m in ("perplexity", "accuracy", "kl") if m in points[0].metrics)
@@ -170,11 +169,19 @@ def _word(bound: str) -> str:
     return bound
 
 
-def _suffix(bench: Bench, by: str) -> str:
+def _saved(opened: Opened, bench: Bench, bound: Bound, by: str, save: str | None, force: bool) -> Path:
+    """Return where the file that --until finds goes: one file for a container, as its bytes are counted."""
     from adaptc.evidence.sweep import by_bits, by_rank
+    from adaptc.formats import is_folder
+    from adaptc.formats.atomic import check
 
     fmt = bench.format_of((by_bits(1) if by == "bits" else by_rank(1)).spec)
-    return "" if fmt.writes == "folder" and fmt.id != "adaptc" else getattr(fmt, "suffix", ".safetensors")
+    suffix = "" if fmt.writes == "folder" and fmt.id != "adaptc" else getattr(fmt, "suffix", ".safetensors")
+    out = Path(save) if save is not None else _beside(opened, f".{_word(str(bound))}{suffix}")
+    if suffix and not out.suffix:
+        raise UsageError(f"{out} has no suffix, and {fmt.title} is one file here", hint=f"such as {out}{suffix}")
+    check(out, force=force, folder=is_folder(fmt, out), inputs=opened.inputs)
+    return out
 
 
 def _data(opened: Opened, base: str, data: str, bench: Bench, points: Sequence[Point], on_front: set[str],

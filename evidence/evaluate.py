@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from adaptc.adapter import Adapter
-from adaptc.errors import FormatError, NeedsError, UsageError
+from adaptc.errors import AdaptcError, FormatError, UsageError
 from adaptc.evidence.choice import ask_choice, choice_batches
 from adaptc.evidence.metrics import Observed
 from adaptc.evidence.model import Loaded
@@ -81,7 +81,7 @@ def _attached(model: Any, adapters: Mapping[str, Adapter]) -> Iterator[Callable[
         for name, id in ids.items():
             try:
                 attach(model, adapters[name], id)
-            except (NeedsError, FormatError) as e:
+            except AdaptcError as e:
                 e.path = name
                 raise
             on.append(id)

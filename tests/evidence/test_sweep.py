@@ -174,6 +174,8 @@ def test_without_head_counts_deltas_alone(place, adaptc_says):
     (("--sizes", "10B"), 2, "is below the smallest possible file"),
     (("--until", "kl"), 2, "'kl' is no bound"),
     (("--metric", "fame", "--ranks", "2"), 2, "metric fame is not known"),
+    (("--until", "kl<1", "--save", "best"), 2, "best has no suffix"),
+    (("--until", "kl<1", "--save", "lora/adapter_model.safetensors", "--force"), 2, "is the input"),
     (("-o", "out.txt"), 2, "out.txt is no table that can be written"),
 ])
 def test_bad_requests_are_one_line(place, adaptc_says, args, code, said):

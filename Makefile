@@ -45,7 +45,7 @@ $(VENV)/docs: $(VENV)/run
 	@touch $@
 
 docs: $(VENV)/docs tree  ## build the site into build/site; broken links are errors
-	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
 
 corpus: $(VENV)/test  ## read every reference adapter, rebuild every oracle (needs ADAPTC_SHARED or ../shared)
 	$(PY) -m pytest -n 2 -m shared -rs

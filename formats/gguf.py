@@ -264,8 +264,9 @@ def _unsayable(key: str, d: Delta, adapter: Adapter, target: Target) -> str:
     name = _name(key, adapter, target)
     if name is None:
         return f"llama.cpp runs no LoRA on this ({target.arch})"
-    if name == "output.weight" and target.tied:
-        return "the base's head is its embedding, llama.cpp has no tensor for it"
+    if name in ("output.weight", "token_embd.weight") and not _raw(adapter) and target.one_embedding:
+        return ("the base's head is its embedding, llama.cpp has no tensor for it" if name == "output.weight" else
+                "the base's embedding is its head too, which llama.cpp aborts on")
     if len(d.shape) != 2:
         return f"llama.cpp adapts no {len(d.shape)}-dimensional weight"
     if not isinstance(d, LowRank) and low_rank(d) is None:

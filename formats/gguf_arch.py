@@ -75,6 +75,11 @@ class Target:
         """The names of the architecture."""
         return FAMILIES[self.arch]
 
+    @property
+    def one_embedding(self) -> bool:
+        """Whether the head is the embedding, as far as is known: by the model's config, or by the architecture."""
+        return bool(self.tied) or self.family is _TIED
+
 
 def target_of(base: Path) -> Target:
     """Return what a base model is: a folder with config.json, such a file, or a GGUF model.

@@ -23,7 +23,7 @@ CONFIGS: dict[str, tuple[dict[str, Any], list[str]]] = {
     "mistral": (_LLAMA, _ALL),
     "qwen2": (_LLAMA, _ALL),
     "qwen3": ({**_LLAMA, "num_attention_heads": 9, "hidden_size": 32}, _ALL),
-    "gemma": ({**_LLAMA, "head_dim": 16}, _ALL),
+    "gemma": ({**_LLAMA, "head_dim": 16, "intermediate_size": 48}, _ALL),
     "gemma2": ({**_LLAMA, "query_pre_attn_scalar": 16}, _ALL),
     "gemma3_text": ({**_LLAMA, "query_pre_attn_scalar": 16}, _ALL),
     "granite": (_LLAMA, _ALL),

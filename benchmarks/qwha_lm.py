@@ -52,10 +52,10 @@ def perplexity(loaded: Loaded, text: list[Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
-def scores(arena: Path, rank: int = 16, tokens: int = 4096, count: int = 4, bits: tuple[int, ...] = (3, 2, 4)
-           ) -> Iterator[tuple[str, str, float, int]]:
+def scores(arena: Path, path: Path, rank: int = 16, tokens: int = 8192, count: int = 16,
+           bits: tuple[int, ...] = (3, 2, 4)) -> Iterator[tuple[str, str, float, int]]:
     """Yield (quantiser, method, perplexity on text that nothing was fitted to, adapter bytes)."""
-    path, data = model_file(), arena / "smollm2-shakespeare"
+    data = arena / "smollm2-shakespeare"
     with tempfile.TemporaryDirectory() as folder:
         stats = Path(folder) / "stats.safetensors"
         calibrate(Request(str(path), data / "calibration.txt", "lm", 0.0, tokens, exclude=("lm_head",)), stats)

@@ -8,9 +8,7 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from scipy.linalg.blas import dsyrk
 from torch import Tensor, nn
 
 from adaptc.errors import FormatError, UnsupportedError
@@ -30,8 +28,8 @@ class Moments:
 
     Sums are float64: products of two float32 are exact in it, so the sum over any number of tokens is right to 1e-15 of
     its largest term, whatever the batches were; in float32 the outlier channels of a transformer would round away
-    what the quiet ones say. Of a matrix only the lower triangle counts. Layers that are given the very same tensor
-    (q, k and v; gate and up) share one sum: `leaders` says whose. `counts` are rows summed; both are by leader.
+    what the quiet ones say. Layers that are given the very same tensor (q, k and v; gate and up) share one sum:
+    `leaders` says whose. `counts` are rows summed; `sums` and `counts` are by leader.
     """
 
     def __init__(self, layers: Mapping[str, nn.Module], diagonal: bool) -> None:
@@ -63,8 +61,7 @@ class Moments:
 
     def mean(self, layer: str) -> Tensor:
         """Return E[x x^T] or E[x^2] of a leader in float64."""
-        mean = self.sums[layer] / max(self.counts[layer], 1)
-        return mean if self.diagonal else mean.tril() + mean.tril(-1).T
+        return self.sums[layer] / max(self.counts[layer], 1)
 
     def clear(self) -> None:
         """Begin again for other text; who shares with whom stays."""
@@ -92,7 +89,7 @@ class Moments:
         if self.diagonal:
             self.sums[name] += x.square().sum(0)
         else:
-            _add_gram(self.sums[name], x)
+            self.sums[name].addmm_(x.T, x)
         self.counts[name] += len(x)
 
     def _rows(self, x: Tensor) -> Tensor:
@@ -103,13 +100,3 @@ class Moments:
         if x.dim() == 2 and len(x) == mask.numel():
             return x[mask.flatten()]
         return x.reshape(-1, x.shape[-1])
-
-
-def _add_gram(total: Tensor, x: Tensor) -> None:
-    """Add x^T x for float64 x (tokens, n) to the lower triangle of `total`, in place: half the work of a product."""
-    if x.device.type != "cpu":
-        total.addmm_(x.T, x)
-        return
-    made = dsyrk(1.0, x.numpy().T, beta=1.0, c=total.numpy().T, overwrite_c=1)  # Fortran's upper is our lower triangle
-    if not np.shares_memory(made, total.numpy()):
-        total.copy_(torch.from_numpy(made.T))

@@ -202,7 +202,7 @@ def test_base_models(first: str | None, second: str | None, alike: bool) -> None
     ({"method": "fedavg", "weights": (1.0, -1.0)}, "weight -1.0 makes no sense for fedavg"),
     ({"rank": 4, "size": 4000}, "rank and size exclude each other"), ({"size": 0}, "size is 0 bytes"),
     ({"scale": 0.0}, "scale is 0.0"), ({"method": "legoo"}, "merge method legoo is not known"),
-    ({"names": ("a",)}, "1 names for 2 adapters"), ({"dtype": "int8"}, "dtype is int8"),
+    ({"names": ("a",)}, "1 name for 2 adapters"), ({"dtype": "int8"}, "dtype is int8"),
     ({"heads": "last"}, "heads is last, must be first, drop, or an input"),
 ])
 def test_senseless_requests_are_usage_errors(options: dict[str, object], text: str) -> None:

@@ -24,7 +24,8 @@ RESOLVERS: dict[str, Resolver] = {
     "osf": resolve_spectral.osf, "psoft": resolve_spectral.psoft, "deft": resolve_spectral.deft,
     "frod": resolve_spectral.frod,
     "vera": resolve_shape.vera, "randlora": resolve_shape.randlora, "fourierft": resolve_shape.fourierft,
-    "waveft": resolve_shape.waveft, "sparse": resolve_shape.sparse, "miss": resolve_shape.miss,
+    "waveft": resolve_shape.waveft, "sparse": resolve_shape.sparse, "paca": resolve_shape.paca,
+    "miss": resolve_shape.miss,
     "qhft": resolve_shape.qhft,
 }
 # Kinds that need W0 for nothing but its shape.

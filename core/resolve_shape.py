@@ -74,6 +74,17 @@ def sparse(delta: NeedsBase, w0: Tensor) -> BaseFree:
     return sorted_sparse(flat, t["values"], tuple(w0.shape))
 
 
+def paca(delta: NeedsBase, w0: Tensor) -> BaseFree:
+    """dW[:, indices] = scaling * w - W0[:, indices], zero elsewhere: w holds whole columns. PaCA, arXiv 2503.01905."""
+    (out, n), t = _matrix(w0), delta.tensors
+    at = t["indices"].long()
+    if at.numel() and (int(at.min()) < 0 or int(at.max()) >= n):
+        raise FormatError(f"indices run from {int(at.min())} to {int(at.max())}, W0 has {n} columns")
+    columns = float(delta.config["scaling"]) * t["w"].double() - w0.double().flatten(1)[:, at]
+    flat = torch.arange(out)[:, None] * n + at
+    return sorted_sparse(flat.flatten(), columns.flatten().float(), tuple(w0.shape))
+
+
 def qhft(delta: NeedsBase, w0: Tensor) -> BaseFree:
     """dW = scaling / sqrt(out in) F U, F[indices] = spectrum, U Sylvester's orthonormal matrix. QWHA, 2509.17428.
 

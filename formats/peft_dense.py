@@ -75,6 +75,22 @@ def shira(modules: Modules, config: Mapping[str, Any]) -> Read:
     return out
 
 
+def paca(modules: Modules, config: Mapping[str, Any]) -> Read:
+    """W'[:, paca_indices] = scaling paca_w, scaling = paca_alpha / r: whole columns in place of the base's.
+
+    The layout of the PEFT fork of PaCA's authors, arXiv 2503.01905: paca_w (out, r), paca_indices (r,).
+    """
+    out = Read()
+    for module, tensors in modules.tuned.items():
+        w, indices = take(module, tensors, ["paca_w", "paca_indices"])
+        expect(module, "paca_w", w, None, None)
+        expect(module, "paca_indices", indices, w.shape[1])
+        settings = {"scaling": number(config, "paca_alpha", config.get("paca_alpha")) / w.shape[1]}
+        parts = {"w": w, "indices": indices.int()}
+        out.deltas[f"{module}.weight"] = NeedsBase("paca", parts, settings, (w.shape[0], 0))
+    return out
+
+
 def supertuning(modules: Modules, config: Mapping[str, Any]) -> Read:
     """Values scattered over the largest (or smallest) weights, and an optional LoRA pair beside them."""
     out = Read()

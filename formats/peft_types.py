@@ -37,6 +37,7 @@ TYPES: dict[str, PeftType] = {
     "WAVEFT": PeftType(("waveft_",), peft_dense.waveft),
     "C3A": PeftType(("c3a_",), peft_dense.c3a),
     "SHIRA": PeftType(("shira_",), peft_dense.shira),
+    "PACA": PeftType(("paca_",), peft_dense.paca),
     "SUPERTUNING": PeftType(("supertuning_",), peft_dense.supertuning),
     "MISS": PeftType(("miss_", "bone_"), peft_dense.miss),
     "BONE": PeftType(("miss_", "bone_"), peft_dense.miss),

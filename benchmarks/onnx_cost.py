@@ -1,6 +1,7 @@
 """What an adapter costs in ONNX Runtime on a CPU: a token, load, memory; 2048 x 2048, rank 16, one thread.
 
 python benchmarks/onnx_cost.py [--rounds N]
+Times: the least CPU time of a call; ratios: the median over rounds of ratios to the fp32 branch in the same round.
 """
 
 from __future__ import annotations
@@ -116,6 +117,23 @@ def caller(model: Path, fed: Path | None, folding: bool, batch: int) -> Any:
     return lambda: session.run_with_ort_values(["y"], feed, run), session
 
 
+def measured(steps: dict[str, Any], rounds: int) -> dict[str, list[float]]:
+    """Return seconds of CPU time by variant, the least of five calls in every round.
+
+    Variants take turns, so that what else runs on the machine hits all alike; ratios are taken within a round.
+    """
+    out: dict[str, list[float]] = {name: [] for name in steps}
+    for _ in range(rounds):
+        for name, (step, _held) in steps.items():
+            best = float("inf")
+            for _ in range(5):
+                start = time.thread_time()
+                step()
+                best = min(best, time.thread_time() - start)
+            out[name].append(best)
+    return out
+
+
 def resident(model: Path, fed: Path | None, folding: bool) -> tuple[float, float]:
     """Return milliseconds to load and MiB that a fresh process grew by, after one step."""
     arguments = [str(model), str(fed or ""), str(int(folding))]
@@ -145,26 +163,19 @@ def main() -> None:
         return
     with tempfile.TemporaryDirectory() as temp:
         made = variants(Path(temp))
-        times: dict[str, list[float]] = {}
+        times: dict[str, list[tuple[float, float]]] = {}
         for batch in (1, 16):
-            steps = {name: caller(*v, batch) for name, v in made.items()}
-            best = dict.fromkeys(steps, float("inf"))
-            for _ in range(given.rounds):  # in turns, so that whatever else runs here hits all alike
-                for name, (step, _held) in steps.items():
-                    for _ in range(5):
-                        start = time.perf_counter()
-                        step()
-                        best[name] = min(best[name], time.perf_counter() - start)
-            for name, value in best.items():
-                times.setdefault(name, []).append(value * 1e6)
-        reference = times["fp32 branch, constants"]
+            rounds = measured({name: caller(*v, batch) for name, v in made.items()}, given.rounds)
+            against = np.array(rounds["fp32 branch, constants"])
+            for name, each in rounds.items():
+                times.setdefault(name, []).append((min(each) * 1e6, float(np.median(np.array(each) / against))))
         size = made["base"][0].stat().st_size
         print("| variant | b=1 us | x fp32 branch | b=16 us | x fp32 branch | graph + KB | fed KB | load ms | "
               "resident MiB |\n|---|---|---|---|---|---|---|---|---|")
         for name, (model, fed, folding) in made.items():
             load, grown = resident(model, fed, folding)
-            one, sixteen = times[name]
-            print(f"| {name} | {one:.0f} | {one / reference[0]:.2f} | {sixteen:.0f} | {sixteen / reference[1]:.2f} | "
+            (one, one_times), (sixteen, sixteen_times) = times[name]
+            print(f"| {name} | {one:.0f} | {one_times:.2f} | {sixteen:.0f} | {sixteen_times:.2f} | "
                   f"{(model.stat().st_size - size) / 1e3:.1f} | {fed.stat().st_size / 1e3 if fed else 0:.1f} | "
                   f"{load:.0f} | {grown:.0f} |")
 

@@ -19,7 +19,7 @@ from adaptc.fingerprint import fingerprint
 from adaptc.formats.format import history_steps
 from adaptc.formats.onnx.adapter_file import write_adapter_file
 from adaptc.formats.onnx.expander import check, expander, reference
-from adaptc.formats.onnx.linear import linear_nodes
+from adaptc.formats.onnx.linear import FLOAT16, linear_nodes
 from adaptc.formats.onnx.match import Site, float_weight, match, match_some
 from adaptc.formats.onnx.merge import merge_at_load, merge_on_disk
 from adaptc.formats.onnx.model import Array, Model, onnx_module, set_metadata, write_model
@@ -140,8 +140,9 @@ def _patch(adapter: Adapter, model: Model, plan: Plan, weights: Base | None, mad
     places = find_places(model, {k: tuple(t.shape) for k, t in carried(adapter).items()})
     _same_base(adapter, model, sites)
     _told(made, sites, places)
-    patch(model, sites, store=plan.store or "float32", required=plan.slots == "required", dora=dora, full=full,
-          places=places)
+    half = all(s.linears[0].dtype == FLOAT16 for s in sites.values())
+    store = plan.store or ("float16" if half else "float32")
+    patch(model, sites, store=store, required=plan.slots == "required", dora=dora, full=full, places=places)
 
 
 def _feed(adapter: Adapter, model: Model, out: Path, plan: Plan, weight: _Weights, made: Made) -> None:

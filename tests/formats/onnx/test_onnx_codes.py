@@ -83,6 +83,53 @@ def test_float16_slots_of_a_float32_graph(tmp_path: Path) -> None:
     assert 0 < made.error < 1e-3
 
 
+@pytest.mark.parametrize("plan", [Plan("optional", name="a"), Plan("optional", store="sign", bits=4.0, name="a"),
+                                  Plan("optional", store="int8", name="a"), Plan(merge="load"), Plan(merge="disk")],
+                         ids=lambda p: p.merge or p.store or "slots")
+def test_a_half_precision_graph(plan: Plan, tmp_path: Path) -> None:
+    model = onnx.load(two_layers(tmp_path / "model.onnx"))
+    for i, tensor in enumerate(model.graph.initializer):
+        array = onnx.numpy_helper.to_array(tensor).astype(np.float16)
+        model.graph.initializer[i].CopyFrom(onnx.numpy_helper.from_array(array, tensor.name))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = 10
+    onnx.save(model, tmp_path / "model.onnx")
+    out, x = tmp_path / "o", np.random.default_rng(0).standard_normal((2, 20)).astype(np.float16)
+    out.mkdir()
+    export(_adapter(), open_model(tmp_path / "model.onnx"), out, plan)
+    onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
+    file = out / "a.onnx_adapter"
+    found = run(out / "model.onnx", {"x": x}, file if file.exists() else None)
+    w = {**weights(), **{k: weights()[k] + _adapter().deltas[k].dense().numpy() for k in KEYS}}
+    assert np.abs(found - two_layers_run(x, w)).max() < (0.6 if plan.store == "sign" else 0.03)
+    if file.exists():
+        assert np.array_equal(run(out / "model.onnx", {"x": x}), run(tmp_path / "model.onnx", {"x": x}))
+        wanted = {"": {"float16"}, "sign": {"uint8", "float16"}, "int8": {"int8", "float16"}}[plan.store]
+        assert {str(a.dtype) for a in read_adapter_file(file).values()} == wanted
+
+
+def test_slots_of_a_fixed_rank_are_filled_up(tmp_path: Path) -> None:
+    """As graphs exported with an adapter inside have them; a larger rank is refused with the number."""
+    base, out = two_layers(tmp_path / "model.onnx"), tmp_path / "o"
+    out.mkdir()
+    export(_adapter(), open_model(base), out, Plan("required", name="a"))
+    model = onnx.load(out / "model.onnx")
+    for value in model.graph.input[1:]:
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_param:
+                dim.dim_value = 6
+    onnx.save(model, out / "fixed.onnx")
+    export(_adapter(), open_model(out / "fixed.onnx"), tmp_path, Plan(adapter_only=True, name="six"))
+    arrays = read_adapter_file(tmp_path / "six.onnx_adapter")
+    assert arrays["net.first.lora_A.weight"].shape == (20, 6)
+    x = np.ones((2, 20), np.float32)
+    w = {**weights(), **{k: weights()[k] + _adapter().deltas[k].dense().numpy() for k in KEYS}}
+    assert np.abs(session(out / "fixed.onnx").run(None, {"x": x, **arrays})[0] - two_layers_run(x, w)).max() < 1e-5
+    wide = adapter_of({k: _low(*weights()[k].shape, rank=7) for k in KEYS})
+    with pytest.raises(FormatError, match=r"rank 7, input net\.first\.lora_A\.weight takes 6"):
+        export(wide, open_model(out / "fixed.onnx"), tmp_path / "none", Plan(adapter_only=True))
+
+
 def test_one_bit_file_is_a_sixteenth_and_the_graph_stays_small(tmp_path: Path) -> None:
     """Whole files: 1/16 of the float32 adapter's, 10 KB of graph beside the table of levels for eight modules."""
     n = 384
@@ -150,6 +197,19 @@ def test_sparse_changes_are_merged_and_refused_as_files(how: str, tmp_path: Path
     found = session(fed / "model.onnx").run(None, {"x": x, **values})[0]
     assert np.abs(found - two_layers_run(x, w)).max() < 1e-5
     assert np.array_equal(run(fed / "model.onnx", {"x": x}), run(base, {"x": x}))
+
+
+def test_a_model_too_large_for_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Merged weights move to a file of their own where a protobuf could not hold them."""
+    monkeypatch.setattr("adaptc.formats.onnx.model.LARGEST_PROTO", 1000)
+    out, x = tmp_path / "o", np.ones((2, 20), np.float32)
+    out.mkdir()
+    export(_adapter(), open_model(two_layers(tmp_path / "model.onnx")), out, Plan(merge="disk"))
+    assert (out / "model.onnx").stat().st_size < 2000
+    assert (out / "model.onnx.added").stat().st_size >= 2 * 24 * 20 * 4
+    onnx.checker.check_model(str(out / "model.onnx"), full_check=True)
+    w = {**weights(), **{k: weights()[k] + _adapter().deltas[k].dense().numpy() for k in KEYS}}
+    assert np.abs(run(out / "model.onnx", {"x": x}) - two_layers_run(x, w)).max() < 1e-5
 
 
 def test_refusals(tmp_path: Path, capsys: Any) -> None:

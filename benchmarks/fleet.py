@@ -120,6 +120,7 @@ def visit(engine: Engine, recipe: str, seeds: range, chunk: int, folder: Path, m
         shutil.rmtree(warm)
         for at in range(seeds.start, seeds.stop, chunk):
             library = make(folder / "library", range(at, min(at + chunk, seeds.stop)))
+            os.sync()  # or the first outputs that are flushed to disk would wait for all inputs to be
             done(recipe, library, folder / "out", engine, measured)
             shutil.rmtree(library)
 

@@ -1,10 +1,11 @@
 """One factor pair in llama.cpp's tensor types: which gauge, what the padded ranks hold, and the best bytes.
 
-dW = B A is the same for every B M, M^-1 A. Types with blocks share a scale along the rank of B, so singular values go
-to A, whose rows have scales of their own: B = sqrt(m) U, A = S V^T / sqrt(m), columns of B alike. After A is rounded,
-B is fitted to it again, min ||dW - B A||^2 + t ||B - B0||^2 with t the noise that B's own rounding adds: without it the
-fit makes columns of B large where rows of A are small, and the shared scale coarse. A rank below the block of B's type
-is padded, and the padding is put to use: rows that code what is left of the row space of dW.
+dW = B A is the same for every B M, M^-1 A. Types with blocks share a scale along the rank of B, so it matters how much
+of the singular values B carries: B = U S^p, A = S^(1 - p) V^T, with p = 0 (columns of B alike) better for flat spectra
+and p = 1/2 for steep ones. Both are coded, and the factors as given, and the best is kept. After A is rounded, B is
+fitted to it again, least ||dW - B A||^2 + t ||B - B0||^2 with t the noise that B's own rounding adds: without it the fit
+makes columns of B large where rows of A are small, and the shared scale coarse. A rank below the block of B's type is
+padded, and the padding is put to use: rows that code what is left of the row space of dW.
 """
 
 from __future__ import annotations
@@ -18,8 +19,9 @@ from adaptc.errors import FormatError
 from adaptc.formats.gguf_types import TYPES, BlockType
 from adaptc.squeeze.factored import core_svd
 
-# Past this share of ||dW||, what is left is rounding of the arithmetic, not of the codes.
-_NOTHING = 1e-6
+# Directions below this share of ||dW|| are not worth a padded rank: every type with blocks loses more in B itself.
+_NOTHING = 1e-3
+_POWERS = (0.0, 0.5)  # shares of the singular values on B's side that are tried
 
 
 @dataclass(frozen=True, eq=False)
@@ -59,14 +61,31 @@ def code_pair(b: Tensor, a: Tensor, type_a: str, type_b: str) -> Pair:
     if not (kind_a.quantized or kind_b.quantized) or (_holds(kind_a, wide_a) and _holds(kind_b, wide_b)):
         made = Pair(kind_a.encode(wide_a), kind_b.encode(wide_b), kind_a, kind_b, rank)
         return made if _finite(made) else _balanced(wide_b, wide_a, kind_a, kind_b)
-    u, right = _gauge(b, a)
-    raw = _coded_rows(right, kind_a, rank)
+    u, s, v = _svd(b, a)
+    tried = [_coded(u * s**p, v * (s ** (1 - p))[:, None], s**p, kind_a, kind_b, rank)
+             for p in (_POWERS if kind_b.quantized else _POWERS[:1])]
+    given = Pair(kind_a.encode(wide_a), kind_b.encode(wide_b, wide_a.square().sum(1)), kind_a, kind_b, rank)
+    return min([p for p in (*tried, given) if _finite(p)] or tried, key=lambda pair: _error2(pair, b, a))
+
+
+def _coded(u: Tensor, right: Tensor, weights: Tensor, kind_a: BlockType, kind_b: BlockType, rank: int) -> Pair:
+    """Return the codes of u @ right in this gauge; `weights` (k,) are the sizes of the columns of u."""
+    level = float((right.square().mean() / u.square().mean().clamp(min=1e-300)).sqrt().sqrt()) or 1.0
+    u, right, weights = u * level, right / level, weights * level  # values of both sides alike, far from fp16's ends
+    raw = _coded_rows(right, weights, kind_a, rank)
     rows = kind_a.decode(raw).double()
     gram = rows @ rows.mT
     ridge = 0.25 * kind_b.noise * float(gram.diagonal().mean())
     start = torch.eye(rank, u.shape[1], dtype=torch.float64)  # B0 = u in the first columns, nothing in the padding
     left = u @ (start + _solved(gram, rows @ (right - start.mT @ rows).mT, ridge)).mT
     return Pair(raw, kind_b.encode(left, gram.diagonal()), kind_a, kind_b, rank)
+
+
+def _error2(pair: Pair, b: Tensor, a: Tensor) -> float:
+    """Return ||b a - B A||^2 of the codes, but for a term that is the same for all of them."""
+    left, right = pair.type_b.decode(pair.b).double(), pair.type_a.decode(pair.a).double()
+    own = (left.mT @ left) * (right @ right.mT)
+    return float(own.sum() - 2 * ((left.mT @ b) * (right @ a.mT)).sum())
 
 
 def _padded(a: Tensor, b: Tensor, rank: int) -> tuple[Tensor, Tensor]:
@@ -94,26 +113,26 @@ def _balanced(b: Tensor, a: Tensor, kind_a: BlockType, kind_b: BlockType) -> Pai
     return made
 
 
-def _gauge(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor]:
-    """Return (u, right) with u @ right = b @ a: columns of u of mean square 1, singular values in right."""
+def _svd(b: Tensor, a: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """Return (u, s, v) with u diag(s) v = b @ a, but for directions that are rounding only."""
     core = core_svd(b, a)
     k = int((core.s > core.s[:1] * 1e-12).sum()) if core.s.numel() else 0
     u = (core.q_b if core.q_b is not None else b) @ core.map_b[:, :k]
     v = core.map_a[:k] @ (core.q_a if core.q_a is not None else a)
-    root = b.shape[0] ** 0.5
-    return u * root, v * (core.s[:k, None] / root)
+    return u, core.s[:k], v
 
 
-def _coded_rows(right: Tensor, kind: BlockType, rank: int) -> Tensor:
-    """Return the codes of `rank` rows: those of `right` (k, in), then of what they leave of its row space."""
+def _coded_rows(right: Tensor, weights: Tensor, kind: BlockType, rank: int) -> Tensor:
+    """Return the codes of `rank` rows: those of `right` (k, in), then of what they leave of dW's row space."""
     raw = kind.encode(right)
-    total = right.norm()
+    total, usual = (weights[:, None] * right).norm(), weights.square().mean().sqrt()
     while len(raw) < rank:
         rows = kind.decode(raw).double()
         left = right - (_solved(rows @ rows.mT, rows @ right.mT).mT @ rows)
+        left = weights[:, None] * left
         values, vectors = torch.linalg.eigh(left @ left.mT)
         keep = (values > (_NOTHING * total) ** 2).flip(0)
-        new = (vectors.mT @ left).flip(0)[keep][: rank - len(raw)]
+        new = (vectors.mT @ left).flip(0)[keep][: rank - len(raw)] / usual  # so that B's columns stay of their size
         if not len(new):
             return torch.cat([raw, kind.encode(right.new_zeros(rank - len(raw), right.shape[1]))])
         raw = torch.cat([raw, kind.encode(new)])

@@ -154,6 +154,9 @@ def _feed(adapter: Adapter, model: Model, out: Path, plan: Plan, weight: _Weight
         if key not in have:
             raise NeedsError(f"{key}: the adapter replaces it, and {model.path.name} has no input for that",
                              hint="--slots patches the original base for this adapter")
+        whole = key.removesuffix(".bias") + ".weight"
+        if key.endswith(".bias") and whole in have and whole not in carried(adapter):
+            raise UnsupportedError(f"{key}: replaced without {whole}, which the input {have[whole]} goes with")
     must = required(model)
     rest = {s: slot for s, slot in slots_of(model).items() if must and slot not in slots.values()}
     places = {k: (have[k], _turned(model, have[k], t)) for k, t in carried(adapter).items()}
@@ -184,7 +187,12 @@ def _feed(adapter: Adapter, model: Model, out: Path, plan: Plan, weight: _Weight
 
 def _turned(model: Model, name: str, value: Tensor) -> bool:
     """Return whether the input of a replaced parameter takes it transposed."""
-    dims = tuple(int(d.dim_value) for d in model.inputs[name].type.tensor_type.shape.dim)
+    found = model.inputs[name].type.tensor_type.shape.dim
+    dims = tuple(int(d.dim_value) for d in found)
+    if len(dims) == 2 == value.dim() and found[0].dim_param:  # the weight of a product, (in or 0, out)
+        if dims[1] != value.shape[0]:
+            raise FormatError(f"{name} has {dims[1]} outputs, the adapter's tensor {tuple(value.shape)}")
+        return True
     return turned(next(n for n in model.graph.node if name in n.input), dims, tuple(value.shape))
 
 

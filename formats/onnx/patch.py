@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -40,8 +40,14 @@ def patch(model: Model, sites: Mapping[str, Site], *, store: str, required: bool
             groups.setdefault(id(linear), []).append((slot, site))
     for number, parts in groups.items():
         _branch(edit, nodes[number], parts, store)
+    heads = {k: p for k, p in (places or {}).items() if _is_head(p)}
+    whole = {id(node) for p in heads.values() for node, _ in p.uses if node.op_type == "Gemm"}
+    biases: dict[int, str] = {}  # of a Gemm that is replaced as a whole
     for key, place in (places or {}).items():
-        _replaceable(edit, key, place, required)
+        if key not in heads:
+            _replaceable(edit, key, place, required, whole, biases)
+    for key, place in heads.items():
+        _head(edit, key, place, required, biases)
     edit.finish()
     model.proto.ir_version = max(model.proto.ir_version, min(8, IR))
     set_metadata(model, {STORE: store})
@@ -180,7 +186,38 @@ def _scaled(add: Any, linear: Linear, base: str, branch: str, gain: str, y: str)
     add("Add", add("Mul", add("Add", base, branch), gain), rest, output=y)
 
 
-def _replaceable(edit: Edit, key: str, place: Place, required: bool) -> None:
+def _is_head(place: Place) -> bool:
+    return all(node.op_type in ("MatMul", "Gemm") and at == 1 for node, at in place.uses)
+
+
+def _head(edit: Edit, key: str, place: Place, required: bool, biases: Mapping[int, str]) -> None:
+    """Compute a product twice, with its constant weight and with the one that is fed, and take the latter if there is.
+
+    A weight that is no constant is multiplied by another kernel, whose last bits differ: so the constant stays.
+    """
+    name, tensor = replaced_name(key), edit.model.initializers[place.initializer]
+    out = int(tensor.dims[1 if place.turned else 0])
+    edit.input(name, int(tensor.data_type), [f"k{len(edit.model.graph.input)}", out])
+    if not required:
+        edit.initializer(name, np.zeros((0, out), _numpy(int(tensor.data_type))))
+    zero, last = edit.constant("adaptc.zero", int64(0)), edit.constant("adaptc.last", int64(-1))
+    for node, _ in place.uses:
+        base, y = edit.replace_output(node)
+        rows, n_rows = edit.node("Shape", [name], start=0, end=1)
+        part, x = edit.node("Slice", [node.input[0], zero, n_rows, last])
+        product, z = edit.node("MatMul", [x, name])
+        made = [rows, part, product]
+        bias = biases.get(id(node), node.input[2] if len(node.input) > 2 else "")
+        if bias:
+            shifted, z = edit.node("Add", [z, bias])
+            made.append(shifted)
+        there, fed = edit.node("Cast", [n_rows], to=9)
+        chosen, _name = edit.node("Where", [fed, z, base], y)
+        edit.after(node, *made, there, chosen)
+
+
+def _replaceable(edit: Edit, key: str, place: Place, required: bool, whole: Collection[int],
+                 biases: dict[int, str]) -> None:
     """Let an input take the place of a constant of one node."""
     name = replaced_name(key)
     tensor = edit.model.initializers[place.initializer]
@@ -191,4 +228,7 @@ def _replaceable(edit: Edit, key: str, place: Place, required: bool) -> None:
         copy.name = name
         edit.model.graph.initializer.append(copy)
     for node, at in place.uses:
-        node.input[at] = name
+        if id(node) in whole:
+            biases[id(node)] = name
+        else:
+            node.input[at] = name

@@ -3,7 +3,7 @@
 dW = B A is the same for every B M, M^-1 A. Types with blocks share a scale along the rank of B, so it matters how much
 of the singular values B carries: B = U S^p, A = S^(1 - p) V^T, with p = 0 (columns of B alike) better for flat spectra
 and p = 1/2 for steep ones. Both are coded, and the factors as given, and the best is kept. After A is rounded, B is
-fitted to it again, least ||dW - B A||^2 + t ||B - B0||^2 with t the noise that B's own rounding adds: without it the fit
+fitted to it again, least ||dW - B A||^2 + t ||B - B0||^2 with t the noise of B's own rounding: without it the fit
 makes columns of B large where rows of A are small, and the shared scale coarse. A rank below the block of B's type is
 padded, and the padding is put to use: rows that code what is left of the row space of dW.
 """

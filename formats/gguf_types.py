@@ -96,8 +96,8 @@ def _fitted(x: Tensor, weights: Tensor | None, starts: list[Tensor], low: int, h
 
 def _pack_q8_0(x: Tensor, w: Tensor | None) -> Tensor:
     top = x.float().abs().amax(1)
-    # A refit moves the extreme by a few steps at most, and every scale that it may have had is tried.
-    d, q = _fitted(x.float(), w, [top / k for k in range(127, 119, -1)], -127, 127)
+    # A refit moves the extreme by a few steps at most: without weights every scale that it may have had is tried.
+    d, q = _fitted(x.float(), w, [top / k for k in range(127, 125 if w is not None else 119, -1)], -127, 127)
     return torch.cat([_pack_half(d), q.to(torch.int8).view(torch.uint8)], 1)
 
 

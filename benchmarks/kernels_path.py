@@ -16,7 +16,7 @@ if importlib.util.find_spec("adaptc") is None:
     made.mkdir()
     for entry in (root / "core").iterdir():
         (made / entry.name).symlink_to(entry)
-    for name in ("squeeze", "quant", "prune", "kernels", "formats", "cli"):
+    for name in ("squeeze", "quant", "prune", "kernels", "formats", "evidence", "cli"):
         (made / name).symlink_to(root / name)
     sys.path.insert(0, str(made.parent))
 

@@ -5,7 +5,7 @@ PY := $(VENV)/bin/python
 PIP := $(PY) -m pip install -q --disable-pip-version-check -c constraints.txt
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: demo test check tree docs corpus bench dev clean help
+.PHONY: demo test check tree docs web corpus bench dev clean help
 .DEFAULT_GOAL := help
 
 help:  ## say what there is
@@ -46,6 +46,13 @@ $(VENV)/docs: $(VENV)/run
 
 docs: $(VENV)/docs tree  ## build the site into build/site; broken links are errors
 	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict
+
+examples/web/node_modules: examples/web/package.json
+	cd examples/web && npm install --no-audit --no-fund
+	@touch $@
+
+web: $(VENV)/test examples/web/node_modules  ## drive the browser example in headless Chromium (npm, chromium)
+	$(PY) -m pytest tests/test_web.py tests/evidence/test_report.py -rs
 
 corpus: $(VENV)/test  ## read every reference adapter, rebuild every oracle (needs ADAPTC_SHARED or ../shared)
 	$(PY) -m pytest -n 2 -m shared -rs

@@ -30,12 +30,16 @@ DTYPES = {"fp32": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class Setting:
-    """What one module is truncated to, with the core if planning has computed it already."""
+    """What one module is truncated to, with the core if planning has computed it already.
+
+    `fold`: a module that stays as it is gets the multiplier 1 all the same, as those have that are truncated.
+    """
 
     rank: int | None
     core: Core | None
     device: str
     base: Base | None
+    fold: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,7 +101,7 @@ class Truncate(Pass):
             return Setting(rank, core, ctx.device, ctx.base)
 
         if self.energy is None and self.max_error is None and self.size is None:
-            return {k: make(self._fit(self.rank, adapter.deltas[k])) for k in keys}
+            return self._served({k: make(self._fit(self.rank, adapter.deltas[k])) for k in keys}, adapter)
         cores = dict(zip(keys, run(lambda k: self._core(_factors(adapter.deltas[k], ctx.device), None), keys, ctx,
                                    "spectra"), strict=True))
         spectra = {k: _combined(c.s) for k, c in cores.items()}
@@ -107,7 +111,23 @@ class Truncate(Pass):
             ranks = {k: budget.rank_for_energy(s, self.energy) for k, s in spectra.items()}
         else:
             ranks = {k: budget.rank_for_error(s, self.max_error or 0.0) for k, s in spectra.items()}
-        return {k: make(self._fit(ranks[k], adapter.deltas[k]), cores[k]) for k in keys}
+        return self._served({k: make(self._fit(ranks[k], adapter.deltas[k]), cores[k]) for k in keys}, adapter)
+
+    def _served(self, settings: dict[str, Setting], adapter: Adapter) -> dict[str, Setting]:
+        """Return settings after which all modules have one multiplier, where `fit` asks: vLLM reads no patterns."""
+        held = {k: d for k, d in adapter.deltas.items() if isinstance(d, LowRank)}
+        stays = all(k not in settings or _stays(d, settings[k]) for k, d in held.items())
+        if self.fit is None or (stays and len({d.scale for d in held.values()}) < 2):
+            return settings
+        return {k: replace(s, fold=True) for k, s in settings.items()}
+
+    def remarks(self, before: Adapter, after: Adapter) -> tuple[str, ...]:
+        """Warn of multipliers that vLLM would not read: those of modules this pass was told to leave alone."""
+        scales = sorted({d.scale for d in after.deltas.values() if isinstance(d, LowRank)})
+        if self.fit is None or len(scales) < 2:
+            return ()
+        several = ", ".join(f"{s:g}" for s in scales[:4])
+        return (f"vLLM reads one multiplier for all modules, this adapter has {several}",)
 
     def _fit(self, rank: int | None, delta: Delta) -> int | None:
         inner = delta.inner if isinstance(delta, NeedsBase) else delta
@@ -159,13 +179,13 @@ class Truncate(Pass):
         """Return `delta` at setting.rank, with the error of what is stored (casts included)."""
         if isinstance(delta, NeedsBase):
             return self._dora(key, delta, setting)
-        if isinstance(delta, LowRank) and (setting.rank is None or setting.rank >= delta.rank) and delta.core is None:
-            kept = self._cast(delta)
+        if isinstance(delta, LowRank) and _stays(delta, setting):
+            kept = self._cast(_folded(delta) if setting.fold else delta)
             if kept is delta:
                 return Change(kept, 0.0)
             error = relative_error(delta, kept)
             self._refuse(error)
-            return Change(kept, error, "cast")
+            return Change(kept, error, "multiplier folded into B" if setting.fold else "cast")
         if setting.rank is None:
             return Change(delta, 0.0, "only low-rank factors are cast")
         b, a, middle, scale = factors = _factors(delta, setting.device, setting.rank, self)
@@ -209,6 +229,19 @@ class Truncate(Pass):
         if self.dtype is None or a.dtype == dtype == b.dtype:
             return delta
         return LowRank(_storable(a.to(dtype)), _storable(b.to(dtype)), None, delta.scale, delta.shape)
+
+
+def _stays(delta: LowRank, setting: Setting) -> bool:
+    """Return whether a module's rank is already low enough."""
+    return (setting.rank is None or setting.rank >= delta.rank) and delta.core is None
+
+
+def _folded(delta: LowRank) -> LowRank:
+    """Return the same delta with multiplier 1, b rounded to its own dtype."""
+    if delta.scale == 1.0:
+        return delta
+    b = decoded(delta.b)
+    return LowRank(delta.a, _storable((b.double() * delta.scale).to(b.dtype)), None, 1.0, delta.shape)
 
 
 def _version() -> str:

@@ -150,6 +150,19 @@ def test_vllm_ranks() -> None:
     assert row.rank_after in VLLM_RANKS
 
 
+def test_vllm_gets_one_multiplier() -> None:
+    steep = LowRank(torch.randn(8, 20), torch.randn(16, 8) * torch.tensor([1.0, *[1e-3] * 7]), None, 2.0, (16, 20))
+    flat = LowRank(torch.linalg.qr(torch.randn(20, 8)).Q.T, torch.linalg.qr(torch.randn(16, 8)).Q, None, 2.0, (16, 20))
+    out = run(adapter(q=steep, k=flat), energy=0.99, fit="vllm")
+    deltas = list(out.adapter.deltas.values())
+    assert [d.rank for d in deltas] == [1, 8]  # type: ignore[union-attr]
+    assert {d.scale for d in deltas} == {1.0}  # type: ignore[union-attr]
+    assert torch.allclose(deltas[1].dense(), flat.dense(), rtol=1e-6)
+    assert out.rows[1].note == "multiplier folded into B"
+    untouched = run(adapter(q=flat), rank=8, fit="vllm").adapter.deltas
+    assert next(iter(untouched.values())) is flat
+
+
 def test_kron_and_hadamard_are_truncated_where_that_saves_bytes() -> None:
     kron = Kron(Dense(t(4, 4), 1.0, (4, 4)), Dense(t(64, 64), 1.0, (64, 64)), 1.0, (256, 256))
     had = Hadamard(pair(seed=3), pair(seed=5), 0.5, (40, 56))

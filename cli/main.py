@@ -56,7 +56,7 @@ class Commands(click.Group):
 @click.version_option(__version__, "-V", "--version", message="adaptc %(version)s")
 @click.pass_context
 def cli(ctx: click.Context) -> None:
-    """The compiler for adapters: LoRA-family checkpoints smaller, exactly and without the base model.
+    """The compiler for adapters: LoRA-family checkpoints made small, exactly, and put where they have to run.
 
     Every command reads PEFT, MLX and other dialects in files or folders, and Hub ids. Exit status: 0 done, 1 something
     is wrong with the data, 2 with the request.

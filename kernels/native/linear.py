@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from adaptc.kernels.native.expand import tabled
 from adaptc.kernels.native.jit import ROWS, Native, native
-from adaptc.kernels.native.planes import tabled
 from adaptc.kernels.resident import Resident, unpack_words
 from adaptc.kernels.weight import BLOCK, Weight
 

@@ -70,7 +70,8 @@ def verify(artefact: Path, base: Path, source: Adapter | None, reference: Path |
     made = held(arrays, model, torch_model, source)
     found = [] if source is None else [compare_source(made, _linear(fitting(source, torch_model), made))]
     fed, off = required(model), OrtModel(parts.model)
-    without = off.outputs(inputs, _nothing(model, torch_model) if fed else None)
+    heads = _settled(torch_model, made, model, arrays)
+    without = off.outputs(inputs, {**(_nothing(model, torch_model) if fed else {}), **heads})
     given = (off.outputs(inputs, arrays) if fed or expander else off.outputs(inputs, None, parts.adapter))
     return (*found, _judged(torch_model, inputs, made, without, given, model))
 
@@ -151,6 +152,22 @@ def _tensor(array: Array) -> Tensor:
 def _linear(source: Adapter, made: Adapter) -> Adapter:
     """Return the source without what is not in slots as factors: DoRA, which is taken over as it is."""
     return replace(source, deltas={k: d for k, d in source.deltas.items() if not isinstance(d, NeedsBase)})
+
+
+def _settled(reference: Reference, made: Adapter, model: Model, arrays: Mapping[str, Array]) -> dict[str, Array]:
+    """Give the reference the adapter's tensors for parameters that its base has not; return what to feed for the same.
+
+    A head that the base's files lack is random, and another one in every process: without an adapter there is nothing
+    to compare until both sides have the adapter's.
+    """
+    fed: dict[str, Array] = {}
+    for key, name in replaced_slots(model).items():
+        near = _parameter(key, reference)
+        value = made.replaced.get(near)
+        if near in reference.missing and isinstance(value, Tensor) and name in arrays:
+            reference.model.get_parameter(near).data = value.float().contiguous()
+            fed[name] = arrays[name]
+    return fed
 
 
 def _nothing(model: Model, reference: Reference) -> dict[str, Array]:

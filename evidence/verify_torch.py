@@ -22,10 +22,14 @@ _AUTO = {"CAUSAL_LM": "AutoModelForCausalLM", "SEQ_CLS": "AutoModelForSequenceCl
 
 @dataclass(frozen=True, eq=False)
 class Reference:
-    """A transformers model in float32, and the folder or GGUF file it is from."""
+    """A transformers model in float32, and the folder or GGUF file it is from.
+
+    `missing` names parameters that its files do not hold, such as a classifier's head: their values mean nothing.
+    """
 
     model: Any
     path: Path
+    missing: frozenset[str] = frozenset()
 
     @property
     def vocab(self) -> int:
@@ -92,10 +96,11 @@ def open_reference(path: str | Path, adapter: Adapter | None = None) -> Referenc
             named = None if gguf else transformers.AutoConfig.from_pretrained(where).architectures
             kind = named[0] if named and hasattr(transformers, named[0]) else "AutoModelForCausalLM"
         with redirect_stderr(StringIO()):  # a bar that no setting turns off
-            model = getattr(transformers, kind).from_pretrained(where, dtype=torch.float32, **extra)
+            model, info = getattr(transformers, kind).from_pretrained(where, dtype=torch.float32,
+                                                                      output_loading_info=True, **extra)
     except (OSError, ValueError, ImportError, KeyError, RuntimeError, TypeError) as e:
         raise FormatError(f"{path} cannot be loaded by transformers ({' '.join(str(e).split())[:160]})") from e
-    return Reference(model.eval().requires_grad_(False), path)
+    return Reference(model.eval().requires_grad_(False), path, frozenset(info["missing_keys"]))
 
 
 def fitting(adapter: Adapter, reference: Reference) -> Adapter:

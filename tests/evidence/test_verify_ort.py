@@ -145,3 +145,28 @@ def test_ort_genai_loads_what_is_exported(bench: Path, tmp_path: Path, capsys: p
     (out / "genai_config.json").write_text("{}")
     with pytest.raises(FormatError, match=r"names no model\.decoder"):
         verify_ort_genai.verify(made, out, None, hf, ())
+
+
+def test_a_head_that_the_base_lacks_is_the_adapters_on_both_sides(tmp_path: Path) -> None:
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    pytest.importorskip("onnxscript", reason="the onnx extra is not installed")
+    torch.manual_seed(0)
+    config = transformers.BertConfig(vocab_size=50, hidden_size=32, num_hidden_layers=1, num_attention_heads=2,
+                                     intermediate_size=48)
+    transformers.BertModel(config).save_pretrained(tmp_path / "encoder")
+    tuned = peft.get_peft_model(
+        transformers.BertForSequenceClassification.from_pretrained(tmp_path / "encoder", num_labels=3),
+        peft.LoraConfig(r=4, target_modules=["query", "value"], task_type="SEQ_CLS"))
+    with torch.no_grad():
+        for name, p in tuned.named_parameters():
+            if "lora_B" in name:
+                p += torch.randn_like(p) * 0.3
+    tuned.save_pretrained(tmp_path / "lora")
+    source = adaptc.load(tmp_path / "lora")
+    (tmp_path / "onnx").mkdir()
+    (tmp_path / "out").mkdir()
+    model = export_model(tmp_path / "encoder", tmp_path / "onnx" / "model.onnx", "classify", 3)
+    export(source, model, tmp_path / "out", Plan("optional", name="lora"))
+    found = verify_ort.verify(tmp_path / "out", tmp_path / "encoder", source, None, ())
+    assert all(v.ok for v in found), [v.said for v in found]
+    assert found[-1].figures["base_error"] < 1e-4

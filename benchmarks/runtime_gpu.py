@@ -3,8 +3,7 @@
 A small Llama (4 layers, 1024 wide, grouped heads) with random weights on five bases (float32, bfloat16, float16, packed
 NF4, bitsandbytes NF4) and adapters of every kind the runtime knows. The reference is the same model in float32 with dW
 added to its weights in float64. Errors are ||y - ref|| / ||ref|| of the logits; beside them what the base alone does
-in the same dtype, which is the error no adapter causes, and what the adapter changes. Then one layer of 4096 x 4096 by
-wall clock and as a CUDA graph: base, base with adapter, PEFT on bitsandbytes.
+in the same dtype, which is the error no adapter causes, and what the adapter changes. Times: runtime_gpu_layer.py.
 """
 
 from __future__ import annotations
@@ -12,12 +11,9 @@ from __future__ import annotations
 import argparse
 import copy
 import json
-import statistics
 import sys
 import tempfile
-import time
 import traceback
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +26,6 @@ from adaptc.adapter import Adapter, Origin
 from adaptc.delta import LowRank, Sparse
 from adaptc.kernels.linear import linear
 from adaptc.kernels.runtime_packed import PackedLinear, pack_linears
-from adaptc.kernels.weight import pack_weight
 from adaptc.quant.quantize import Quantize
 from adaptc.quant.walsh import name_for
 from adaptc.spectral import Spectral
@@ -46,21 +41,21 @@ def say(**row: Any) -> None:
     print(json.dumps(row), flush=True)
 
 
-def llama() -> nn.Module:
+def llama(layers: int) -> nn.Module:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
     return LlamaForCausalLM(LlamaConfig(
-        vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=4, num_attention_heads=16,
+        vocab_size=512, hidden_size=1024, intermediate_size=2816, num_hidden_layers=layers, num_attention_heads=16,
         num_key_value_heads=4, max_position_embeddings=512, tie_word_embeddings=False)).eval().requires_grad_(False)
 
 
-def adapters(model: nn.Module) -> dict[str, Adapter]:
-    """One adapter of each kind on all seven projections of all layers, each changing a weight by about a third."""
+def adapters(model: nn.Module, targets: tuple[str, ...]) -> dict[str, Adapter]:
+    """One adapter of each kind on the target projections of all layers, each changing a weight by about a third."""
     torch.manual_seed(1)
     made: dict[str, dict[str, Any]] = {k: {} for k in ("low rank", "sparse", "spectral")}
     for name, module in model.named_modules():
-        if not name.endswith(TARGETS):
+        if not name.endswith(targets):
             continue
         m, n = module.weight.shape  # type: ignore[union-attr,misc]
         norm = float(module.weight.norm()) / 3  # type: ignore[union-attr,operator]
@@ -75,12 +70,12 @@ def adapters(model: nn.Module) -> dict[str, Adapter]:
     return out
 
 
-def dora(model: nn.Module) -> Adapter:
+def dora(model: nn.Module, targets: list[str]) -> Adapter:
     import peft
 
     torch.manual_seed(2)
     tuned = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(
-        r=16, lora_alpha=16, target_modules=list(TARGETS), use_dora=True, task_type="CAUSAL_LM"))
+        r=16, lora_alpha=16, target_modules=targets, use_dora=True, task_type="CAUSAL_LM"))
     with torch.no_grad():
         for key, p in tuned.named_parameters():
             if "lora_" in key:
@@ -141,9 +136,8 @@ def merged(ref: nn.Module, adapter: Adapter) -> nn.Module:
     made = copy.deepcopy(ref)
     for key, delta in adapter.deltas.items():
         p = made.get_parameter(key)
-        w0 = p.data.double().cpu()
-        delta = delta.resolve(w0) if hasattr(delta, "resolve") else delta
-        p.data = (w0 + delta.dense()).float().cuda()
+        delta = delta.resolve(p.data.double().cpu()) if hasattr(delta, "resolve") else delta
+        p.data = (p.data.double() + delta.dense().cuda()).float()
     return made
 
 
@@ -156,11 +150,11 @@ def far(x: Tensor, ref: Tensor) -> float:
     return float((x - ref).norm() / ref.norm())
 
 
-def check(plain: nn.Module, held: dict[str, Adapter]) -> None:
+def check(plain: nn.Module, held: dict[str, Adapter], bases: list[str]) -> None:
     torch.manual_seed(3)
     inputs = {"1 row": torch.randint(0, 512, (1, 1)).cuda(), "64 rows": torch.randint(0, 512, (2, 32)).cuda(),
               "300 rows": torch.randint(0, 512, (3, 100)).cuda()}
-    for base in BASES:
+    for base in bases:
         try:
             model = on(base, plain)
             ref = weights(model, plain, base)
@@ -236,79 +230,23 @@ def generated(plain: nn.Module, held: dict[str, Adapter]) -> None:
         say(compile_failed=f"{type(e).__name__}: {e}"[:300])
 
 
-def clock(call: Callable[[], Any], graph: bool) -> float:
-    """Median microseconds of a call, by events round 20 calls at a time; as a graph of one call where asked."""
-    for _ in range(5):
-        call()
-    torch.cuda.synchronize()
-    run = call
-    if graph:
-        g = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(g):
-            call()
-        run = g.replay
-    times = []
-    for _ in range(40):
-        start = time.perf_counter()
-        for _ in range(20):
-            run()
-        torch.cuda.synchronize()
-        times.append((time.perf_counter() - start) * 1e6 / 20)
-    return statistics.median(times)
-
-
-@torch.inference_mode()
-def layers() -> None:
-    import bitsandbytes as bnb
-    import peft
-
-    n, dtype = 4096, torch.bfloat16
-    torch.manual_seed(0)
-    w = torch.randn(n, n) / 64
-
-    def packed() -> nn.Module:
-        return nn.ModuleDict({"proj": PackedLinear(pack_weight(w, "nf4"), None)}).cuda()
-
-    signs = LowRank(torch.randint(0, 2, (16, n)) * 2.0 - 1, torch.randint(0, 2, (n, 16)) * 2.0 - 1, None, 1e-3, (n, n))
-    adapter = Adapter({"proj.weight": signs}, {}, Origin("peft"))
-    one, two, three = packed(), packed(), packed()
-    adaptc.attach(two, Quantize(method="rd", bits=1.2)(adapter).adapter)
-    adaptc.attach(three, adapter)
-    four = bnb.nn.Linear4bit(n, n, bias=False, quant_type="nf4", compute_dtype=dtype)
-    four.weight = bnb.nn.Params4bit(w.to(dtype), requires_grad=False, quant_type="nf4")
-    base = nn.ModuleDict({"proj": copy.deepcopy(four)}).cuda()
-    tuned = peft.get_peft_model(nn.ModuleDict({"proj": four}).cuda(), peft.LoraConfig(r=16, target_modules=["proj"]))
-    tuned = tuned.base_model.model["proj"]
-    for m in (1, 16):
-        x = torch.randn(m, n, device="cuda", dtype=dtype)
-        calls = {"NF4 base, PackedLinear": lambda x=x: one["proj"](x),
-                 "with a coded 1-bit adapter attached": lambda x=x: two["proj"](x),
-                 "with a float adapter attached": lambda x=x: three["proj"](x),
-                 "bitsandbytes NF4 base": lambda x=x: base["proj"](x), "PEFT on bitsandbytes": lambda x=x: tuned(x)}
-        for what, call in calls.items():
-            row: dict[str, Any] = {"layer": what, "M": m}
-            for name, graph in (("eager_us", False), ("graph_us", True)):
-                try:
-                    row[name] = round(clock(call, graph), 1)
-                except Exception as e:
-                    row[name] = f"{type(e).__name__}: {e}"[:160]
-            say(**row)
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--layers", type=int, default=4)
+    parser.add_argument("--targets", nargs="+", default=TARGETS, choices=TARGETS)
+    parser.add_argument("--bases", nargs="+", default=list(BASES), choices=list(BASES))
     options = parser.parse_args()
     kernels_path.hide_scripts()
     torch.backends.cuda.matmul.allow_tf32 = False
     say(device=torch.cuda.get_device_name(), torch=torch.__version__, python=sys.version.split()[0])
-    plain = llama()
-    held = adapters(plain)
+    plain = llama(options.layers)
+    held = adapters(plain, tuple(options.targets))
     try:
-        held["dora"] = dora(plain)
+        held["dora"] = dora(plain, list(options.targets))
     except Exception as e:
         say(adapter="dora", failed=f"{type(e).__name__}: {e}"[:300])
-    for part in (lambda: check(plain, held), lambda: generated(plain, held), layers):
+    for part in (lambda: check(plain, held, options.bases), lambda: generated(plain, held)):
         try:
             part()
         except Exception:

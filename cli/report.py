@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -73,18 +72,12 @@ def _subject(name: str, original: Subject | None, base: str | None, alpha: float
 
 def _document(name: str) -> Mapping[str, Any]:
     """Read a JSON object. Raises NeedsError or FormatError."""
-    from adaptc.errors import FormatError, NeedsError
+    from adaptc.base_files import read_object
+    from adaptc.errors import NeedsError
 
-    path = Path(name)
-    if not path.is_file():
+    if not Path(name).is_file():
         raise NeedsError(f"{name} does not exist", hint="IN is an adapter, or the JSON of adaptc sweep or adaptc eval")
-    try:
-        data = json.loads(path.read_text(encoding="utf8"))
-    except (ValueError, RecursionError) as e:
-        raise FormatError(f"{name} is not JSON") from e
-    if not isinstance(data, dict):
-        raise FormatError(f"{name} is not a JSON object")
-    return data
+    return read_object(Path(name))
 
 
 def _beside(first: str) -> Path:

@@ -105,7 +105,7 @@ def test_documents_become_sections(folder: Path) -> None:
 
 
 @pytest.mark.parametrize(("content", "why"), [
-    ("{", "is not JSON"), ("[]", "is not a JSON object"), ("{}", "is no result of adaptc sweep"),
+    ("{", "not JSON"), ("[]", "not a JSON object"), ("{}", "is no result of adaptc sweep"),
     ('{"points": [1]}', "is no result"),
 ])
 def test_other_documents_are_refused(folder: Path, content: str, why: str) -> None:
